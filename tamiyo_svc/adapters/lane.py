@@ -1,0 +1,293 @@
+"""The device lane: one thread that owns the network and answers by a deadline or not at all.
+
+A deadline ends the waiting, never the thread. Until an overrun job is over the lane takes no more
+work, so nothing queues behind it; its result is dropped when it comes. What queued while a job
+ran within its time goes to the thread as one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from tamiyo_svc.errors import InferenceError, LaneBusyError
+
+Request = TypeVar("Request", contravariant=True)
+Result = TypeVar("Result", covariant=True)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class LaneWorker(Protocol[Request, Result]):
+    """What runs in the lane's thread; it is synchronous and knows nothing of deadlines."""
+
+    def warm_up(self) -> None:
+        """Prepare the thread and run once on minimal input."""
+
+    def evaluate(self, requests: Sequence[Request]) -> Sequence[Result | InferenceError]:
+        """Answer whole requests, one result each, in order."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job(Generic[T, R]):
+    request: T
+    deadline: float
+    future: asyncio.Future[R]
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Thread(Generic[T, R]):
+    """One generation of the lane's thread with the queue it takes batches from."""
+
+    generation: int
+    worker: LaneWorker[T, R]
+    batches: queue.SimpleQueue[list[_Job[T, R]] | Callable[[], None] | None] = field(
+        default_factory=queue.SimpleQueue
+    )
+
+
+class DeviceLane(Generic[T, R]):
+    """Runs requests on one dedicated thread, each until its deadline.
+
+    `make_worker` is called for the first thread and again if a hung one has to be replaced.
+    `on_hung` hears of a replacement. Deadlines are `time.perf_counter` values in seconds.
+    Everything but the worker runs on the event loop, so no state here is locked.
+    """
+
+    def __init__(
+        self,
+        make_worker: Callable[[], LaneWorker[T, R]],
+        *,
+        max_batch: int = 64,
+        hang_s: float = 5.0,
+        on_hung: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._make_worker = make_worker
+        self._max_batch = max_batch
+        self._hang_s = hang_s
+        self._on_hung = on_hung
+        self._thread: _Thread[T, R] | None = None
+        self._generation = 0
+        self._waiting: list[_Job[T, R]] = []
+        self._running: list[_Job[T, R]] = []
+        self._overrun = False
+        self._hang_timer: asyncio.TimerHandle | None = None
+        self._hangs = 0
+        self._replacement: asyncio.Task[None] | None = None
+        self.ready = False
+        self.failed = False
+        """Whether a replacement hung too; only a restart of the process helps."""
+        self.late_results = 0
+        self.batch_sizes: Callable[[int], None] = lambda size: None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread is at work."""
+        return bool(self._running)
+
+    async def start(self) -> None:
+        """Start the thread and wait until its worker is warm.
+
+        Raises:
+            Whatever the worker's `warm_up` raises.
+        """
+        await self._spawn()
+        self.ready = True
+
+    async def submit(self, request: T, deadline: float) -> R:
+        """Have one request answered by `deadline`.
+
+        Raises:
+            TimeoutError: it was not answered in time.
+            LaneBusyError: an overrun job occupies the thread.
+            InferenceError: the worker could not answer this request.
+        """
+        if self._overrun or not self.ready:
+            raise LaneBusyError("the device lane is occupied by a job that overran its deadline")
+        remaining = deadline - time.perf_counter()
+        if remaining <= 0:
+            raise TimeoutError
+        loop = asyncio.get_running_loop()
+        job: _Job[T, R] = _Job(request, deadline, loop.create_future())
+        job.timer = loop.call_later(remaining, self._expire, job)
+        self._waiting.append(job)
+        if not self._running:
+            self._dispatch()
+        try:
+            return await job.future
+        finally:
+            job.timer.cancel()
+
+    async def call(self, function: Callable[[LaneWorker[T, R]], object]) -> None:
+        """Run `function` with the worker in the lane's thread between two batches.
+
+        Raises:
+            Whatever `function` raises.
+        """
+        thread = self._require_thread()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def run() -> None:
+            try:
+                function(thread.worker)
+            except Exception as error:  # handed to the caller, which decides
+                loop.call_soon_threadsafe(_resolve, done, error)
+            else:
+                loop.call_soon_threadsafe(_resolve, done, None)
+
+        thread.batches.put(run)
+        await done
+
+    async def close(self) -> None:
+        """End the thread without waiting for a job that still runs; its result is dropped."""
+        self.ready = False
+        if self._hang_timer is not None:
+            self._hang_timer.cancel()
+        if self._replacement is not None:
+            self._replacement.cancel()
+        for job in (*self._waiting, *self._running):
+            if not job.future.done():
+                job.future.set_exception(LaneBusyError("the device lane is closed"))
+        self._waiting.clear()
+        if self._thread is not None:
+            self._thread.batches.put(None)
+            self._thread = None
+        self._generation += 1
+
+    def _require_thread(self) -> _Thread[T, R]:
+        if self._thread is None:
+            raise RuntimeError("the device lane has not been started")
+        return self._thread
+
+    async def _spawn(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._generation += 1
+        thread: _Thread[T, R] = _Thread(self._generation, self._make_worker())
+        warm: asyncio.Future[None] = loop.create_future()
+        # A daemon: a job that never ends must not keep the process from exiting.
+        threading.Thread(
+            target=self._run,
+            args=(thread, loop, warm),
+            name=f"tamiyo-lane-{thread.generation}",
+            daemon=True,
+        ).start()
+        self._thread = thread
+        await warm
+
+    def _run(
+        self,
+        thread: _Thread[T, R],
+        loop: asyncio.AbstractEventLoop,
+        warm: asyncio.Future[None],
+    ) -> None:
+        """The thread's life: warm up, then batch after batch until told to stop."""
+        try:
+            thread.worker.warm_up()
+        except Exception as error:  # start() raises it on the loop
+            _post(loop, _resolve, warm, error)
+            return
+        _post(loop, _resolve, warm, None)
+        while (batch := thread.batches.get()) is not None:
+            if callable(batch):
+                batch()
+                continue
+            try:
+                results = list(thread.worker.evaluate([job.request for job in batch]))
+            except Exception as error:  # one broken batch must not end the lane
+                results = [InferenceError(repr(error))] * len(batch)
+            if not _post(loop, self._finished, thread.generation, batch, results):
+                return
+
+    def _dispatch(self) -> None:
+        while self._waiting and self._waiting[0].future.done():
+            self._waiting.pop(0)
+        if not self._waiting:
+            return
+        batch = [job for job in self._waiting[: self._max_batch] if not job.future.done()]
+        del self._waiting[: self._max_batch]
+        self._running = batch
+        self.batch_sizes(len(batch))
+        self._require_thread().batches.put(batch)
+
+    def _finished(
+        self, generation: int, batch: list[_Job[T, R]], results: list[R | InferenceError]
+    ) -> None:
+        if generation != self._generation:
+            self.late_results += len(batch)
+            return
+        for job, result in zip(batch, results, strict=True):
+            if job.future.done():
+                self.late_results += 1
+            elif isinstance(result, InferenceError):
+                job.future.set_exception(result)
+            else:
+                job.future.set_result(result)
+        self._running = []
+        self._overrun = False
+        self._hangs = 0
+        if self._hang_timer is not None:
+            self._hang_timer.cancel()
+            self._hang_timer = None
+        self._dispatch()
+
+    def _expire(self, job: _Job[T, R]) -> None:
+        if job.future.done():
+            return
+        job.future.set_exception(TimeoutError())
+        if job not in self._running or self._overrun:
+            return
+        self._overrun = True
+        for waiting in self._waiting:
+            if not waiting.future.done():
+                waiting.future.set_exception(LaneBusyError("the job ahead overran its deadline"))
+        self._waiting.clear()
+        loop = asyncio.get_running_loop()
+        self._hang_timer = loop.call_later(self._hang_s, self._hung, self._generation)
+
+    def _hung(self, generation: int) -> None:
+        if generation != self._generation:
+            return
+        self._hangs += 1
+        self._on_hung()
+        self.ready = False
+        if self._hangs > 1:
+            self.failed = True
+            return
+        self._require_thread().batches.put(None)
+        self._running = []
+        self._replacement = asyncio.create_task(self._replace(), name="lane-replacement")
+
+    async def _replace(self) -> None:
+        try:
+            async with asyncio.timeout(self._hang_s):
+                await self._spawn()
+        except Exception:  # a replacement that cannot even warm up is a hung one
+            self.failed = True
+            self._on_hung()
+            return
+        self._overrun = False
+        self.ready = True
+
+
+def _post(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> bool:
+    try:
+        loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:  # the loop is closed; nobody is left to hear
+        return False
+    return True
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,134 @@
+"""The ack-gated, versioned commit: outputs, acknowledgement and run state, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from tamiyo_svc.adapters.oona.connection import OUTAGE_ERRORS
+from tamiyo_svc.adapters.oona.entries import Entry
+from tamiyo_svc.errors import BusError, CommitConflictError, DuplicateEntryError
+from tamiyo_svc.leyline.envelope import SignedEnvelope
+
+_SCRIPT = resources.files(__package__).joinpath("commit.lua").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One entry to append; `limit` keeps about that many, `expiry_ms` removes an idle stream."""
+
+    stream: str
+    fields: Mapping[bytes, bytes]
+    limit: int = 0
+    expiry_ms: int = 0
+
+    @classmethod
+    def of(
+        cls, stream: str, envelope: SignedEnvelope, limit: int = 0, expiry_ms: int = 0
+    ) -> Output:
+        """An output that carries a signed envelope."""
+        return cls(stream, envelope.fields(), limit, expiry_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class RunWrite:
+    """The run state to store, valid only on top of `expected_version`."""
+
+    run_id: str
+    expected_version: int
+    state: bytes
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """All that one outcome changes; the first of `acks` must still be pending."""
+
+    acks: Sequence[Entry]
+    outputs: Sequence[Output] = field(default=())
+    run: RunWrite | None = None
+
+
+def run_key(run_id: str) -> str:
+    """Redis key of a run's state."""
+    return f"tamiyo:run:{run_id}"
+
+
+class Committer:
+    """Executes commits and loads run state over one connection that never retries."""
+
+    def __init__(self, redis: Redis, group: str) -> None:
+        self._redis = redis
+        self._group = group
+        self._script = redis.register_script(_SCRIPT)
+
+    async def commit(self, commit: Commit) -> list[str]:
+        """Apply a commit and return the ids of its outputs.
+
+        Raises:
+            CommitConflictError: the run state moved on; nothing was written.
+            DuplicateEntryError: the first entry is not pending any more; nothing was written.
+            BusError: no answer, so whether it was applied is unknown, or Redis refused it.
+        """
+        keys, arguments = _arguments(commit, self._group)
+        try:
+            reply = cast("list[bytes]", await self._script(keys=keys, args=arguments))
+        except OUTAGE_ERRORS as error:
+            raise BusError(f"commit: {error!r}") from error
+        except RedisError as error:
+            raise BusError(f"commit refused: {error}") from error
+        status = reply[0]
+        if status == b"CONFLICT":
+            raise CommitConflictError(commit.run.run_id if commit.run else "")
+        if status == b"DUPLICATE":
+            raise DuplicateEntryError(commit.acks[0].entry_id)
+        return [entry_id.decode() for entry_id in reply[1:]]
+
+    async def load_run(self, run_id: str) -> tuple[int, bytes | None]:
+        """Version and bytes of a run's state; version 0 and None for a run not seen before.
+
+        Raises:
+            BusError: Redis did not answer.
+        """
+        try:
+            version, state = await self._redis.hmget(run_key(run_id), ["version", "state"])
+        except OUTAGE_ERRORS as error:
+            raise BusError(f"run state: {error!r}") from error
+        except RedisError as error:
+            raise BusError(f"run state refused: {error}") from error
+        return (0, None) if version is None else (int(version), cast("bytes", state))
+
+
+def _arguments(commit: Commit, group: str) -> tuple[list[str], list[Any]]:
+    keys: list[str] = []
+
+    def index(key: str) -> int:
+        if key not in keys:
+            keys.append(key)
+        return keys.index(key) + 1
+
+    run = commit.run
+    arguments: list[Any] = [group]
+    if run is None:
+        arguments += [0, 0, b"", 0]
+    else:
+        arguments += [index(run_key(run.run_id)), run.expected_version, run.state, run.ttl_ms]
+    arguments.append(len(commit.acks))
+    for entry in commit.acks:
+        arguments += [index(entry.stream), entry.entry_id]
+    arguments.append(len(commit.outputs))
+    for output in commit.outputs:
+        arguments += [
+            index(output.stream),
+            output.limit,
+            output.expiry_ms,
+            2 * len(output.fields),
+        ]
+        for name, value in output.fields.items():
+            arguments += [name, value]
+    return keys, arguments

@@ -1,0 +1,25 @@
+"""Fixtures shared by the suites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from tamiyo_svc.adapters.embedded import EmbeddedRedis
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    """A real Redis server for the whole session."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """URL of a real Redis server with an empty database."""
+    with Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url

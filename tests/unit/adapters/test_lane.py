@@ -1,0 +1,237 @@
+"""The device lane: deadlines, overruns, batches, hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+
+from tamiyo_svc.adapters.lane import DeviceLane
+from tamiyo_svc.errors import InferenceError, LaneBusyError
+
+FAR_S = 30.0
+
+
+class GatedWorker:
+    """Doubles numbers; negative ones wait for the gate, 0 fails, 13 breaks the whole batch."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.batches: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.warmed = False
+
+    def warm_up(self) -> None:
+        self.warmed = True
+
+    def evaluate(self, requests: Sequence[int]) -> list[int | InferenceError]:
+        self.batches.append(list(requests))
+        self.threads.add(threading.get_ident())
+        if 13 in requests:
+            raise RuntimeError("broken")
+        if min(requests) < 0:
+            self.entered.set()
+            self.gate.wait(FAR_S)
+        return [InferenceError("zero") if number == 0 else 2 * number for number in requests]
+
+
+@asynccontextmanager
+async def running(
+    *workers: GatedWorker, hang_s: float = FAR_S, on_hung: Callable[[], None] = lambda: None
+) -> AsyncIterator[DeviceLane[int, int]]:
+    supply = iter(workers)
+    lane: DeviceLane[int, int] = DeviceLane(lambda: next(supply), hang_s=hang_s, on_hung=on_hung)
+    await lane.start()
+    try:
+        yield lane
+    finally:
+        for worker in workers:
+            worker.gate.set()
+        await lane.close()
+
+
+def soon() -> float:
+    return time.perf_counter() + 0.005
+
+
+def far() -> float:
+    return time.perf_counter() + FAR_S
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_answers_on_one_thread_of_its_own_after_warming_up() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        assert worker.warmed
+        assert [await lane.submit(number, far()) for number in (1, 2, 3)] == [2, 4, 6]
+        assert len(worker.threads) == 1
+        assert threading.get_ident() not in worker.threads
+
+
+async def test_overrun_times_out_and_the_next_are_refused_at_once() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        with pytest.raises(TimeoutError):
+            await lane.submit(-1, soon())
+        for _ in range(3):
+            with pytest.raises(LaneBusyError):
+                await lane.submit(1, far())
+        assert worker.batches == [[-1]]
+
+
+async def test_late_result_is_dropped_counted_and_frees_the_lane() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        with pytest.raises(TimeoutError):
+            await lane.submit(-1, soon())
+        worker.gate.set()
+        await until(lambda: not lane.busy)
+        assert lane.late_results == 1
+        assert await lane.submit(5, far()) == 10
+        assert worker.batches == [[-1], [5]]
+
+
+async def test_what_queued_while_busy_runs_as_one_batch() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        first = asyncio.create_task(lane.submit(-1, far()))
+        await asyncio.to_thread(worker.entered.wait)
+        rest = [asyncio.create_task(lane.submit(number, far())) for number in (1, 2, 3)]
+        await asyncio.sleep(0)
+        worker.gate.set()
+        assert await asyncio.gather(first, *rest) == [-2, 2, 4, 6]
+        assert worker.batches == [[-1], [1, 2, 3]]
+
+
+async def test_waiting_behind_an_overrun_is_refused_when_it_overruns() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        first = asyncio.create_task(lane.submit(-1, time.perf_counter() + 0.05))
+        await asyncio.to_thread(worker.entered.wait)
+        waiting = asyncio.create_task(lane.submit(1, far()))
+        with pytest.raises(TimeoutError):
+            await first
+        with pytest.raises(LaneBusyError):
+            await waiting
+
+
+async def test_expired_waiter_never_reaches_the_thread() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        first = asyncio.create_task(lane.submit(-1, far()))
+        await asyncio.to_thread(worker.entered.wait)
+        with pytest.raises(TimeoutError):
+            await lane.submit(1, soon())
+        worker.gate.set()
+        assert await first == -2
+        assert await lane.submit(2, far()) == 4
+        assert worker.batches == [[-1], [2]]
+        assert lane.late_results == 0
+
+
+async def test_deadline_in_the_past_is_a_timeout_without_work() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        with pytest.raises(TimeoutError):
+            await lane.submit(1, time.perf_counter() - 1)
+        assert worker.batches == []
+
+
+async def test_cancelled_waiter_wedges_nothing() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        first = asyncio.create_task(lane.submit(-1, far()))
+        await asyncio.to_thread(worker.entered.wait)
+        second = asyncio.create_task(lane.submit(1, far()))
+        third = asyncio.create_task(lane.submit(2, far()))
+        await asyncio.sleep(0)
+        first.cancel()
+        second.cancel()
+        worker.gate.set()
+        assert await third == 4
+        assert worker.batches == [[-1], [2]]
+
+
+async def test_one_failed_request_fails_alone_and_a_broken_batch_as_a_whole() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        with pytest.raises(InferenceError, match="zero"):
+            await lane.submit(0, far())
+        with pytest.raises(InferenceError, match="broken"):
+            await lane.submit(13, far())
+        assert await lane.submit(1, far()) == 2
+
+
+async def test_call_runs_in_the_lanes_thread() -> None:
+    worker = GatedWorker()
+    async with running(worker) as lane:
+        seen: list[int] = []
+        await lane.call(lambda _: seen.append(threading.get_ident()))
+        await lane.submit(1, far())
+        assert set(seen) == worker.threads
+
+
+async def test_hung_thread_is_replaced_and_its_result_changes_nothing() -> None:
+    hung, fresh = GatedWorker(), GatedWorker()
+    reports: list[str] = []
+    async with running(hung, fresh, hang_s=0.02, on_hung=lambda: reports.append("hung")) as lane:
+        with pytest.raises(TimeoutError):
+            await lane.submit(-1, soon())
+        await until(lambda: lane.ready and bool(reports))
+        assert await lane.submit(4, far()) == 8
+        hung.gate.set()
+        await until(lambda: lane.late_results == 1)
+        assert fresh.batches == [[4]]
+        assert (reports, lane.failed) == (["hung"], False)
+
+
+async def test_replacement_that_hangs_too_fails_the_lane() -> None:
+    reports: list[str] = []
+    workers = (GatedWorker(), GatedWorker())
+    async with running(*workers, hang_s=0.02, on_hung=lambda: reports.append("hung")) as lane:
+        with pytest.raises(TimeoutError):
+            await lane.submit(-1, soon())
+        await until(lambda: lane.ready and bool(reports))
+        with pytest.raises(TimeoutError):
+            await lane.submit(-2, soon())
+        await until(lambda: lane.failed)
+        with pytest.raises(LaneBusyError):
+            await lane.submit(1, far())
+
+
+async def test_hang_after_good_work_is_replaced_again() -> None:
+    reports: list[str] = []
+    workers = (GatedWorker(), GatedWorker(), GatedWorker())
+    async with running(*workers, hang_s=0.02, on_hung=lambda: reports.append("hung")) as lane:
+
+        def reported(count: int) -> bool:
+            return lane.ready and len(reports) == count
+
+        for number in (1, 2):
+            with pytest.raises(TimeoutError):
+                await lane.submit(-number, soon())
+            await until(partial(reported, number))
+            assert await lane.submit(1, far()) == 2
+        assert not lane.failed
+
+
+async def test_failing_warm_up_fails_the_start() -> None:
+    class Broken(GatedWorker):
+        def warm_up(self) -> None:
+            raise ValueError("no device")
+
+    lane: DeviceLane[int, int] = DeviceLane(Broken)
+    with pytest.raises(ValueError, match="no device"):
+        await lane.start()
+    assert not lane.ready
