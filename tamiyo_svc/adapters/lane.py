@@ -8,6 +8,7 @@ ran within its time goes to the thread as one batch.
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -56,7 +57,8 @@ class DeviceLane(Generic[T, R]):
     """Runs requests on one dedicated thread, each until its deadline.
 
     `make_worker` is called for the first thread and again if a hung one has to be replaced.
-    `on_hung` hears of a replacement. Deadlines are `time.perf_counter` values in seconds.
+    `on_hung` hears of a hang, `on_batch` of each batch's size, `on_late` of each result that came
+    after its request had been given up. Deadlines are `time.perf_counter` values in seconds.
     Everything but the worker runs on the event loop, so no state here is locked.
     """
 
@@ -67,11 +69,15 @@ class DeviceLane(Generic[T, R]):
         max_batch: int = 64,
         hang_s: float = 5.0,
         on_hung: Callable[[], None] = lambda: None,
+        on_batch: Callable[[int], None] = lambda size: None,
+        on_late: Callable[[], None] = lambda: None,
     ) -> None:
         self._make_worker = make_worker
         self._max_batch = max_batch
         self._hang_s = hang_s
         self._on_hung = on_hung
+        self._on_batch = on_batch
+        self._on_late = on_late
         self._thread: _Thread[T, R] | None = None
         self._generation = 0
         self._waiting: list[_Job[T, R]] = []
@@ -84,7 +90,6 @@ class DeviceLane(Generic[T, R]):
         self.failed = False
         """Whether a replacement hung too; only a restart of the process helps."""
         self.late_results = 0
-        self.batch_sizes: Callable[[int], None] = lambda size: None
 
     @property
     def busy(self) -> bool:
@@ -115,14 +120,16 @@ class DeviceLane(Generic[T, R]):
             raise TimeoutError
         loop = asyncio.get_running_loop()
         job: _Job[T, R] = _Job(request, deadline, loop.create_future())
-        job.timer = loop.call_later(remaining, self._expire, job)
+        if remaining < math.inf:
+            job.timer = loop.call_later(remaining, self._expire, job)
         self._waiting.append(job)
         if not self._running:
             self._dispatch()
         try:
             return await job.future
         finally:
-            job.timer.cancel()
+            if job.timer is not None:
+                job.timer.cancel()
 
     async def call(self, function: Callable[[LaneWorker[T, R]], object]) -> None:
         """Run `function` with the worker in the lane's thread between two batches.
@@ -213,18 +220,19 @@ class DeviceLane(Generic[T, R]):
         batch = [job for job in self._waiting[: self._max_batch] if not job.future.done()]
         del self._waiting[: self._max_batch]
         self._running = batch
-        self.batch_sizes(len(batch))
+        self._on_batch(len(batch))
         self._require_thread().batches.put(batch)
 
     def _finished(
         self, generation: int, batch: list[_Job[T, R]], results: list[R | InferenceError]
     ) -> None:
         if generation != self._generation:
-            self.late_results += len(batch)
+            for _ in batch:
+                self._late()
             return
         for job, result in zip(batch, results, strict=True):
             if job.future.done():
-                self.late_results += 1
+                self._late()
             elif isinstance(result, InferenceError):
                 job.future.set_exception(result)
             else:
@@ -236,6 +244,10 @@ class DeviceLane(Generic[T, R]):
             self._hang_timer.cancel()
             self._hang_timer = None
         self._dispatch()
+
+    def _late(self) -> None:
+        self.late_results += 1
+        self._on_late()
 
     def _expire(self, job: _Job[T, R]) -> None:
         if job.future.done():

@@ -1,0 +1,214 @@
+"""Where every node and edge of one or several graphs goes in the folded network's arrays.
+
+Nodes are ordered by type, then by graph, so that each projection reads one block of rows; after
+the last node stands one row that is always zero, which absent neighbours point to. A target node
+has one slot per relation that reaches its type, in the order of `RELATIONS`, so that its slots are
+one row of the concatenated neighbourhoods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tamiyo_svc.graph.graph import Integers, Topology
+from tamiyo_svc.graph.schema import NODE_TYPES, RELATIONS
+
+RELATIONS_INTO: Final[dict[str, tuple[int, ...]]] = {
+    kind: tuple(place for place, (_, _, target) in enumerate(RELATIONS) if target == kind)
+    for kind in NODE_TYPES
+}
+"""Indices in `RELATIONS` of those that reach a type."""
+
+_SOURCE_TYPE: Final = np.array([NODE_TYPES.index(source) for source, _, _ in RELATIONS])
+_TARGET_TYPE: Final = np.array([NODE_TYPES.index(target) for _, _, target in RELATIONS])
+_FAN_IN: Final = np.array([len(RELATIONS_INTO[kind]) for kind in NODE_TYPES])
+_PLACE: Final = np.array(
+    [RELATIONS_INTO[target].index(place) for place, (_, _, target) in enumerate(RELATIONS)]
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """The edges of one GAT layer, padded to (slots, degree), for the types it computes.
+
+    A row of the score table is a node's scores as source, relation by relation, then as target.
+    """
+
+    kinds: tuple[str, ...]
+    slots: int
+    degree: int
+    neighbours: Tensor
+    """(slots * degree): source row of every edge, the zero row where there is none."""
+    sources: Tensor
+    """(slots * degree): row of the score table for every edge's source."""
+    targets: Tensor
+    """(slots * degree): row of the score table for every edge's target."""
+    relation: Tensor
+    """(edges): relation of every edge."""
+    edge: Tensor
+    """(edges): place of every edge in the packed attributes of the graphs, one after another."""
+    place: Tensor
+    """(edges): where among slots * degree the edge stands."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Everything about a batch that its topologies decide."""
+
+    counts: tuple[int, ...]
+    """Nodes per type over all graphs."""
+    order: Tensor | None
+    """Rows of the concatenated features in this order; None when they already are."""
+    types: Tensor
+    """(nodes + 1): type of every row; the zero row has the type after the last."""
+    mean: tuple[Tensor, Tensor, Tensor]
+    """Bags of node rows, one per slot and one more per node for itself: rows, offsets, shares.
+
+    A type that has nodes has slots for `padded` of its count; those beyond are empty.
+    """
+    attention: tuple[Attention, Attention]
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes, without the zero row."""
+        return sum(self.counts)
+
+    def rows(self, kind: str) -> slice:
+        """Rows of a type."""
+        place = NODE_TYPES.index(kind)
+        start = sum(self.counts[:place])
+        return slice(start, start + self.counts[place])
+
+
+def padded(count: int) -> int:
+    """Rows a projection is given for `count` nodes: 0, or a power of two from 4.
+
+    The first call with a new number of rows compiles a kernel (about 0.5 ms on the CPU measured);
+    few numbers can all be warmed up, and four rows cost what one costs.
+    """
+    return 0 if count == 0 else max(4, 1 << (count - 1).bit_length())
+
+
+def lay_out(
+    topologies: Sequence[Topology], attended: tuple[tuple[str, ...], tuple[str, ...]]
+) -> Layout:
+    """Lay out a batch; `attended` are the types each GAT layer computes."""
+    counts = np.array([topology.counts for topology in topologies])
+    totals = counts.sum(axis=0)
+    type_starts = np.concatenate([[0], np.cumsum(totals)[:-1]])
+    starts = type_starts + np.cumsum(counts, axis=0) - counts
+    relations = [np.repeat(np.arange(len(RELATIONS)), t.edge_counts) for t in topologies]
+    relation = np.concatenate(relations)
+    source = np.concatenate(
+        [
+            first[_SOURCE_TYPE[which]] + topology.edges[0]
+            for first, which, topology in zip(starts, relations, topologies, strict=True)
+        ]
+    )
+    target = np.concatenate(
+        [
+            first[_TARGET_TYPE[which]] + topology.edges[1]
+            for first, which, topology in zip(starts, relations, topologies, strict=True)
+        ]
+    )
+    return Layout(
+        counts=tuple(int(total) for total in totals),
+        order=None if len(topologies) == 1 else _order(counts),
+        types=torch.from_numpy(np.repeat(np.arange(len(NODE_TYPES) + 1), [*totals, 1])),
+        mean=_mean_bags(totals, type_starts, relation, source, target),
+        attention=(
+            _attention(attended[0], totals, type_starts, relation, source, target),
+            _attention(attended[1], totals, type_starts, relation, source, target),
+        ),
+    )
+
+
+def _order(counts: Integers) -> Tensor:
+    """From nodes by graph, then type, to nodes by type, then graph."""
+    flat = counts.reshape(-1)
+    firsts = (np.cumsum(flat) - flat).reshape(counts.shape)
+    runs = [
+        np.arange(first, first + count)
+        for firsts_of_type, counts_of_type in zip(firsts.T, counts.T, strict=True)
+        for first, count in zip(firsts_of_type, counts_of_type, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(runs))
+
+
+def _mean_bags(
+    totals: Integers, type_starts: Integers, relation: Integers, source: Integers, target: Integers
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = _FAN_IN + 1
+    sizes_of_types = _padded(totals) * width
+    slot_starts = np.cumsum(sizes_of_types) - sizes_of_types
+    kind = _TARGET_TYPE[relation]
+    slot = slot_starts[kind] + (target - type_starts[kind]) * width[kind] + _PLACE[relation]
+    node = np.arange(totals.sum())
+    node_kind = np.repeat(np.arange(len(totals)), totals)
+    own = (
+        slot_starts[node_kind]
+        + (node - type_starts[node_kind]) * width[node_kind]
+        + _FAN_IN[node_kind]
+    )
+    slots = np.concatenate([slot, own])
+    order = np.argsort(slots, kind="stable")
+    sizes = np.bincount(slots, minlength=int(sizes_of_types.sum()))
+    return (
+        torch.from_numpy(np.concatenate([source, node])[order]),
+        torch.from_numpy(np.cumsum(sizes) - sizes),
+        torch.from_numpy((1.0 / sizes[slots[order]]).astype(np.float32)),
+    )
+
+
+def _attention(
+    kinds: tuple[str, ...],
+    totals: Integers,
+    type_starts: Integers,
+    relation: Integers,
+    source: Integers,
+    target: Integers,
+) -> Attention:
+    computed = np.array([kind in kinds for kind in NODE_TYPES])
+    sizes = _padded(totals) * _FAN_IN * computed
+    slot_starts = np.cumsum(sizes) - sizes
+    edge = np.flatnonzero(computed[_TARGET_TYPE[relation]])
+    relation, source, target = relation[edge], source[edge], target[edge]
+    kind = _TARGET_TYPE[relation]
+    slot = slot_starts[kind] + (target - type_starts[kind]) * _FAN_IN[kind] + _PLACE[relation]
+    order = np.argsort(slot, kind="stable")
+    edge, relation, source, target, slot = (
+        part[order] for part in (edge, relation, source, target, slot)
+    )
+    slots = int(sizes.sum())
+    fill = np.bincount(slot, minlength=slots)
+    degree = max(1, int(fill.max(initial=0)))
+    place = slot * degree + np.arange(len(slot)) - np.repeat(np.cumsum(fill) - fill, fill)
+    nodes = int(totals.sum())
+    neighbours = np.full(slots * degree, nodes)
+    neighbours[place] = source
+    # The zero row scores 0 everywhere.
+    sources = np.full(slots * degree, nodes * 2 * len(RELATIONS))
+    targets = sources.copy()
+    sources[place] = source * 2 * len(RELATIONS) + relation
+    targets[place] = target * 2 * len(RELATIONS) + len(RELATIONS) + relation
+    return Attention(
+        kinds=kinds,
+        slots=slots,
+        degree=degree,
+        neighbours=torch.from_numpy(neighbours),
+        sources=torch.from_numpy(sources),
+        targets=torch.from_numpy(targets),
+        relation=torch.from_numpy(relation),
+        edge=torch.from_numpy(edge),
+        place=torch.from_numpy(place),
+    )
+
+
+def _padded(totals: Integers) -> Integers:
+    return np.array([padded(int(total)) for total in totals])

@@ -1,0 +1,286 @@
+"""From the streams to the runs: every entry read is handed to whoever ends it, exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from tamiyo_svc.adapters.metrics import Metrics
+from tamiyo_svc.adapters.oona.commit import Committer
+from tamiyo_svc.adapters.oona.consumer import GroupLostError, StreamConsumer
+from tamiyo_svc.adapters.oona.dead_letters import bury
+from tamiyo_svc.adapters.oona.entries import Entry
+from tamiyo_svc.adapters.oona.health import BusHealth
+from tamiyo_svc.errors import BusError, DuplicateEntryError, InvalidPacketError
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.envelope import (
+    PAYLOAD_FIELD,
+    EnvelopeRejectedError,
+    open_envelope,
+    parse_payload,
+)
+from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.service.evaluate import PacketPath, Received
+from tamiyo_svc.taxonomy import DeadLetterReason, Outcome, Stage
+
+log = structlog.get_logger("tamiyo.intake")
+
+Notice = Callable[[Entry, leyline.BusEnvelope], Awaitable[None]]
+"""Takes a message that is not a state packet but is for us; it acknowledges the entry itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeLimits:
+    """How much is read and held; ages and intervals in milliseconds."""
+
+    read_count: int = 32
+    block_ms: int = 1000
+    claim_idle_ms: int = 5000
+    max_deliveries: int = 5
+    max_message_bytes: int = 1 << 20
+    in_flight: int = 1024
+
+
+class Intake:
+    """Reads entries and keeps at most one task a run at work on them.
+
+    Packets that arrive while their run is at work wait in its mailbox and are settled together
+    afterwards, so order within a run holds and only the newest is decided.
+    """
+
+    def __init__(
+        self,
+        consumer: StreamConsumer,
+        committer: Committer,
+        health: BusHealth,
+        path: PacketPath,
+        metrics: Metrics,
+        keyring: Keyring | None,
+        dead_letter_stream: str,
+        limits: IntakeLimits,
+        notices: dict[int, Notice],
+    ) -> None:
+        self._consumer = consumer
+        self._committer = committer
+        self._health = health
+        self._path = path
+        self._metrics = metrics
+        self._keyring = keyring
+        self._dead_letter_stream = dead_letter_stream
+        self._limits = limits
+        self._notices = notices
+        self._mailboxes: dict[str, list[Received]] = {}
+        self._in_flight: set[tuple[str, str]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._recover = True
+
+    async def read(self) -> None:
+        """Read until cancelled: what is pending for us first, then what is new."""
+        while True:
+            await self._health.wait_up()
+            await self._room.wait()
+            try:
+                if self._recover:
+                    await self._recover_pending()
+                    self._recover = False
+                entries = await self._consumer.read(self._limits.read_count, self._limits.block_ms)
+            except GroupLostError as error:
+                log.warning("bus.group_lost", error=str(error))
+                self._recover = True
+                self._health.failed(error)
+            except BusError as error:
+                # The reply may be lost and its entries pending for us without our knowing.
+                self._recover = True
+                self._health.failed(error)
+            else:
+                self._health.seen()
+                self._dispatch(entries)
+
+    async def claim(self) -> None:
+        """Take over what other consumers left pending too long, until cancelled."""
+        while True:
+            await asyncio.sleep(self._limits.claim_idle_ms / 2e3)
+            await self._health.wait_up()
+            for stream in self._consumer.streams:
+                try:
+                    entries = await self._consumer.claim_idle(
+                        stream, self._limits.claim_idle_ms, self._limits.read_count
+                    )
+                except BusError as error:
+                    self._health.failed(error)
+                    break
+                self._dispatch(entries)
+
+    async def drain(self) -> None:
+        """Wait until everything read so far has ended."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def abandon(self) -> int:
+        """Give up what has not ended; it stays pending in Redis. Returns how many packets."""
+        left = len(self._in_flight)
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        return left
+
+    async def _recover_pending(self) -> None:
+        for stream in self._consumer.streams:
+            after = "0"
+            while entries := await self._consumer.pending(stream, after, self._limits.read_count):
+                after = entries[-1].entry_id
+                self._dispatch(entries)
+                await self._room.wait()
+
+    def _dispatch(self, entries: Sequence[Entry]) -> None:
+        """Hand every entry on; those not for us are acknowledged together."""
+        read_at = time.perf_counter()
+        ignored: list[Entry] = []
+        for entry in entries:
+            if entry.key in self._in_flight:
+                continue
+            if PAYLOAD_FIELD not in entry.fields:
+                self._metrics.entry_ignored("no_payload")
+                ignored.append(entry)
+                continue
+            if entry.deliveries > self._limits.max_deliveries:
+                self._reject(entry, DeadLetterReason.DELIVERIES_EXCEEDED, str(entry.deliveries))
+                continue
+            try:
+                for_us = self._open(entry, read_at)
+            except EnvelopeRejectedError as error:
+                self._reject(entry, DeadLetterReason(error.reason), str(error))
+                continue
+            except InvalidPacketError as error:
+                self._reject(entry, DeadLetterReason.INVALID_FIELD, str(error))
+                continue
+            if not for_us:
+                ignored.append(entry)
+        if ignored:
+            self._start(self._acknowledge(ignored), "acknowledge")
+
+    def _open(self, entry: Entry, read_at: float) -> bool:
+        """Verify one entry and hand it on if it is for us.
+
+        Raises:
+            EnvelopeRejectedError, InvalidPacketError: it must not be processed.
+        """
+        started = time.perf_counter()
+        envelope = open_envelope(entry.fields, self._keyring, self._limits.max_message_bytes)
+        if envelope.message_type == leyline.BUS_MESSAGE_TYPE_SYSTEM_STATE:
+            received = self._path.receive(entry, envelope, read_at)
+            self._metrics.observe_stage(Stage.DECODE, time.perf_counter() - started)
+            self._metrics.packet_received()
+            self._in_flight.add(entry.key)
+            self._enqueue(received)
+            return True
+        notice = self._notices.get(envelope.message_type)
+        if notice is None:
+            self._metrics.entry_ignored("not_for_us")
+            return False
+        parse_payload(envelope)
+        self._in_flight.add(entry.key)
+        self._start(self._give_notice(notice, entry, envelope), "notice")
+        return True
+
+    def _enqueue(self, received: Received) -> None:
+        run_id = received.run_id
+        if len(self._in_flight) >= self._limits.in_flight:
+            self._room.clear()
+        mailbox = self._mailboxes.get(run_id)
+        if mailbox is not None:
+            mailbox.append(received)
+            return
+        self._mailboxes[run_id] = [received]
+        self._start(self._serve_run(run_id), "run")
+
+    async def _serve_run(self, run_id: str) -> None:
+        mailbox = self._mailboxes[run_id]
+        try:
+            while mailbox:
+                batch = mailbox[:]
+                mailbox.clear()
+                try:
+                    await self._path.settle(run_id, batch)
+                except Exception:  # the one boundary: an unforeseen failure becomes a retry
+                    log.exception("packet.failed", run_id=run_id, packets=len(batch))
+                    mailbox[:0] = await self._failed(batch)
+                else:
+                    self._ended(received.entry for received in batch)
+        finally:
+            del self._mailboxes[run_id]
+
+    async def _failed(self, batch: Iterable[Received]) -> list[Received]:
+        """Packets whose settling raised, to be tried again; those that did so often are buried."""
+        again = []
+        for received in batch:
+            entry = replace(received.entry, deliveries=received.entry.deliveries + 1)
+            if entry.deliveries <= self._limits.max_deliveries:
+                again.append(replace(received, entry=entry))
+            else:
+                await self._bury(entry, DeadLetterReason.DELIVERIES_EXCEEDED, "settling failed")
+        return again
+
+    def _reject(self, entry: Entry, reason: DeadLetterReason, detail: str) -> None:
+        self._metrics.packet_received()
+        self._in_flight.add(entry.key)
+        log.warning(
+            "entry.rejected",
+            stream=entry.stream,
+            entry_id=entry.entry_id,
+            reason=reason.value,
+            detail=detail,
+        )
+        self._start(self._bury(entry, reason, detail), "dead-letter")
+
+    async def _bury(self, entry: Entry, reason: DeadLetterReason, detail: str) -> None:
+        commit = bury(entry, reason, detail, self._dead_letter_stream)
+        outcome = Outcome.DEAD_LETTERED
+        while True:
+            await self._health.wait_up()
+            try:
+                await self._committer.commit(commit)
+            except DuplicateEntryError:
+                outcome = Outcome.DUPLICATE
+            except BusError as error:
+                self._health.failed(error)
+                continue
+            break
+        if outcome is Outcome.DEAD_LETTERED:
+            self._metrics.dead_letter(reason)
+        self._metrics.packet_ended(outcome)
+        self._ended([entry])
+
+    async def _give_notice(
+        self, notice: Notice, entry: Entry, envelope: leyline.BusEnvelope
+    ) -> None:
+        try:
+            await notice(entry, envelope)
+        finally:
+            self._ended([entry])
+
+    async def _acknowledge(self, entries: Sequence[Entry]) -> None:
+        try:
+            await self._consumer.acknowledge(entries)
+        except BusError as error:
+            # They stay pending and are read again once the bus is back.
+            self._recover = True
+            self._health.failed(error)
+
+    def _ended(self, entries: Iterable[Entry]) -> None:
+        self._in_flight.difference_update(entry.key for entry in entries)
+        if len(self._in_flight) < self._limits.in_flight:
+            self._room.set()
+
+    def _start(self, work: Awaitable[None], name: str) -> None:
+        task = asyncio.ensure_future(work)
+        task.set_name(f"tamiyo-{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
