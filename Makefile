@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types imports generated check protos docs clean
+.PHONY: demo test chaos lint types imports generated check protos docs clean
 
 demo: $(READY)
 	$(BIN)/tamiyo demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+chaos: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/chaos/campaign.py
 
 check: lint types imports generated
 

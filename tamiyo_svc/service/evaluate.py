@@ -95,6 +95,8 @@ class Sorted:
 
     newest: Received | None
     superseded: tuple[Received, ...] = ()
+    late: tuple[Received, ...] = ()
+    """Superseded by a packet decided before they came; the run state is past them."""
     expired: tuple[Received, ...] = ()
     duplicates: tuple[Received, ...] = ()
 
@@ -188,7 +190,7 @@ class PacketPath:
         after all is recognised there, what became too old meanwhile is not decided any more.
         """
         waiting = list(batch)
-        attempted: set[bytes] = set()
+        uncertain: set[tuple[str, str]] = set()
         for received in waiting:
             age_ms = self._server_clock.now_ms() - received.entry.added_ms
             self._metrics.observe_packet_age(age_ms / 1e3)
@@ -206,7 +208,6 @@ class PacketPath:
                     state = fold(state, older.packet)
                 if plan.newest is not None:
                     answer = await self.decide(plan.newest, state)
-                    attempted.add(plan.newest.digest)
                 commit, after = self._commit(run_id, version, state, plan, answer)
                 leader = commit.acks[0]
                 started = time.perf_counter()
@@ -220,13 +221,15 @@ class PacketPath:
                 self._metrics.packet_ended(Outcome.DUPLICATE)
                 waiting = [received for received in waiting if received.entry.key != leader.key]
             except BusError as error:
+                # The commit may have been applied; then this run's memory will tell.
+                uncertain.add(leader.key)
                 self._runs.forget(run_id)
                 self._health.failed(error)
             else:
                 self._timed_commit(started, answer)
                 if commit.run is not None:
                     self._runs.remember(run_id, version + 1, after)
-                self._account(plan, answer, attempted)
+                self._account(plan, answer, uncertain)
                 return
 
     async def decide(self, received: Received, state: RunState) -> Answer:
@@ -418,6 +421,7 @@ class PacketPath:
         )[::-1]
         seen: set[bytes] = set()
         fresh: list[Received] = []
+        late: list[Received] = []
         expired: list[Received] = []
         duplicates: list[Received] = []
         for received in newest_first:
@@ -427,6 +431,8 @@ class PacketPath:
             seen.add(received.digest)
             if repeated:
                 duplicates.append(received)
+            elif 0 < received.packet.timestamp_ns < state.newest_timestamp_ns:
+                late.append(received)
             elif now_ms - received.entry.added_ms > options.state_max_age_ms:
                 expired.append(received)
             else:
@@ -434,6 +440,7 @@ class PacketPath:
         return Sorted(
             newest=fresh[0] if fresh else None,
             superseded=tuple(fresh[:0:-1]),
+            late=tuple(late),
             expired=tuple(expired[::-1]),
             duplicates=tuple(duplicates),
         )
@@ -450,7 +457,13 @@ class PacketPath:
         leading = () if plan.newest is None else (plan.newest,)
         acks = [
             received.entry
-            for received in (*leading, *plan.superseded, *plan.expired, *plan.duplicates)
+            for received in (
+                *leading,
+                *plan.superseded,
+                *plan.late,
+                *plan.expired,
+                *plan.duplicates,
+            )
         ]
         if answer is None and not plan.expired:
             return Commit(acks), before
@@ -509,14 +522,15 @@ class PacketPath:
         )
         return self._dispatch.output(notice, event.severity, {"training_run_id": run_id})
 
-    def _account(self, plan: Sorted, answer: Answer | None, attempted: set[bytes]) -> None:
+    def _account(
+        self, plan: Sorted, answer: Answer | None, uncertain: set[tuple[str, str]]
+    ) -> None:
         """Count how everything ended, once it is certain."""
         ended = self._metrics.packet_ended
-        ended(Outcome.SUPERSEDED, len(plan.superseded))
+        ended(Outcome.SUPERSEDED, len(plan.superseded) + len(plan.late))
         ended(Outcome.EXPIRED, len(plan.expired))
         for received in plan.duplicates:
-            # A commit whose reply was lost shows as the run's memory of our own decision.
-            ours = received.digest in attempted
+            ours = received.entry.key in uncertain
             ended(Outcome.DECIDED if ours else Outcome.DUPLICATE)
         if plan.expired:
             self._metrics.event_reported(Event.PACKETS_EXPIRED, Severity.WARNING)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from tamiyo_svc.adapters.cancellation import cancel
 from tamiyo_svc.adapters.metrics import Metrics
 from tamiyo_svc.adapters.oona.commit import Committer
 from tamiyo_svc.adapters.oona.consumer import GroupLostError, StreamConsumer
@@ -125,10 +126,7 @@ class Intake:
     async def abandon(self) -> int:
         """Give up what has not ended; it stays pending in Redis. Returns how many packets."""
         left = len(self._in_flight)
-        for task in tuple(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await cancel(self._tasks)
         return left
 
     async def _recover_pending(self) -> None:

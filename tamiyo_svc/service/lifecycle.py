@@ -13,6 +13,7 @@ import structlog
 from redis.asyncio import Redis
 
 from tamiyo_svc import __version__
+from tamiyo_svc.adapters.cancellation import cancel
 from tamiyo_svc.adapters.lane import DeviceLane
 from tamiyo_svc.adapters.metrics import Metrics, StreamPosition
 from tamiyo_svc.adapters.oona.connection import ServerClock
@@ -123,11 +124,9 @@ class Service:
                 on_ready()
             await stop.wait()
             self._draining = True
-            for task in intake:
-                task.cancel()
+            await cancel(intake)
             await self._drain()
-            for task in background:
-                task.cancel()
+            await cancel(background)
         await self._lane.close()
         log.info("service.stopped")
 
@@ -146,8 +145,7 @@ class Service:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
-                task.cancel()
+            await cancel(tasks)
 
     async def _tick(self) -> None:
         while True:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tamiyo_svc.adapters.http import HealthServer
-from tamiyo_svc.adapters.lane import DeviceLane
+from tamiyo_svc.adapters.lane import DeviceLane, LaneWorker
 from tamiyo_svc.adapters.metrics import Metrics
 from tamiyo_svc.adapters.oona.commit import Committer
 from tamiyo_svc.adapters.oona.connection import ServerClock, client
@@ -39,13 +40,23 @@ from tamiyo_svc.service.state import ReplicaState
 from tamiyo_svc.service.telemetry import TelemetryDispatch
 from tamiyo_svc.taxonomy import Event, Severity
 
+Worker = LaneWorker[PolicyRequest, Proposal]
+WrapWorker = Callable[[Worker], Worker]
+
 _BACKGROUND_CONNECTIONS = 4
 _COMMIT_CONNECTIONS = 16
 
 
 @asynccontextmanager
-async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Service]:
+async def open_service(
+    settings: Settings,
+    metrics: Metrics,
+    wrap_worker: WrapWorker = lambda worker: worker,
+    wall_clock_ns: Callable[[], int] = time.time_ns,
+) -> AsyncIterator[Service]:
     """Build a service on open connections; leaving the block closes them.
+
+    `wrap_worker` may put something around what runs in the device lane.
 
     Raises:
         ConfigurationError: no secret, an unreadable policy or vocabulary, a port in use.
@@ -76,7 +87,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
         settings.metadata_refresh_s,
         lambda event, attributes: replica.report(FiredEvent(event, Severity.WARNING, attributes)),
     )
-    lane = _lane(settings, policy, vocabularies, replica, metrics)
+    lane = _lane(settings, policy, vocabularies, replica, metrics, wrap_worker)
     timeout_s = settings.commit_timeout_ms / 1e3
     # Reads block for `block_ms`; a shorter socket timeout would lose their replies.
     reader_timeout_s = settings.block_ms / 1e3 + 2.0
@@ -111,7 +122,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
             keyring,
         )
         outbox = Outbox(committer, health)
-        board = NoticeBoard(outbox, dispatch, replica, metrics)
+        board = NoticeBoard(outbox, dispatch, replica, metrics, wall_clock_ns)
         inbox = Inbox(
             catalog,
             committer,
@@ -134,6 +145,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Se
             keyring,
             clock,
             path_options(settings),
+            wall_clock_ns,
         )
         intake = Intake(
             consumer,
@@ -241,6 +253,7 @@ def _lane(
     vocabularies: Vocabularies,
     replica: ReplicaState,
     metrics: Metrics,
+    wrap_worker: WrapWorker,
 ) -> DeviceLane[PolicyRequest, Proposal]:
     limits = GraphLimits(
         layers=settings.max_layers,
@@ -250,8 +263,9 @@ def _lane(
         blueprints=settings.max_blueprints,
     )
 
-    def make_worker() -> PolicyEvaluator:
-        return PolicyEvaluator(GraphBuilder(limits, vocabularies), policy, settings.cpu_threads)
+    def make_worker() -> Worker:
+        builder = GraphBuilder(limits, vocabularies)
+        return wrap_worker(PolicyEvaluator(builder, policy, settings.cpu_threads))
 
     def on_hung() -> None:
         hung_s = str(settings.lane_hang_s)

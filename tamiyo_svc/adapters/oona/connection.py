@@ -15,6 +15,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from tamiyo_svc.errors import BusError
+
 CONNECT_TIMEOUT_S: Final = 2.0
 OUTAGE_ERRORS: Final = (RedisConnectionError, RedisTimeoutError, OSError, asyncio.TimeoutError)
 """What redis-py raises when the server cannot be reached or does not answer."""
@@ -67,9 +69,16 @@ class ServerClock:
         self._offset_ms: float | None = None
 
     async def sync(self, redis: Redis) -> None:
-        """Ask the server for its time; the answer is taken to be half a round trip old."""
+        """Ask the server for its time; the answer is taken to be half a round trip old.
+
+        Raises:
+            BusError: Redis did not answer.
+        """
         before = time.monotonic()
-        seconds, microseconds = await redis.time()
+        try:
+            seconds, microseconds = await redis.time()
+        except (*OUTAGE_ERRORS, RedisError) as error:
+            raise BusError(f"server time: {error!r}") from error
         after = time.monotonic()
         server_ms = seconds * 1e3 + microseconds / 1e3
         self._offset_ms = server_ms - (before + after) / 2 * 1e3

@@ -5,9 +5,9 @@ import uuid
 from dataclasses import replace
 
 import pytest
-from decision_samples import BLUEPRINT, NOW_NS, RUNTIME, decide, packet, proposal
 from hypothesis import given
 from hypothesis import strategies as st
+from support.decisions import BLUEPRINT, NOW_NS, RUNTIME, decide, packet, proposal
 
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.decision.blend import BlendOptions

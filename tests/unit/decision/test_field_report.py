@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from decision_samples import BLUEPRINT, NOW_NS, decide, packet, proposal
+from support.decisions import BLUEPRINT, NOW_NS, decide, packet, proposal
 
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.decision.command import CommandOptions, build_command
