@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test chaos lint types imports generated check protos docs clean
+.PHONY: demo test bench chaos campaign lint types imports rules generated check protos docs clean
 
 demo: $(READY)
 	$(BIN)/tamiyo demo
@@ -14,7 +14,20 @@ test: $(READY)
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/chaos/campaign.py
 
-check: lint types imports generated
+campaign: $(READY)
+	$(BIN)/python tests/chaos/policy_campaign.py kills 50
+	$(BIN)/python -W ignore tests/chaos/policy_campaign.py mutations 100000
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.parts
+	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.large
+	$(BIN)/tamiyo bench --catalog tests/data/urza_catalog.db --blueprint demo-safe
+	$(BIN)/tamiyo bench --catalog tests/data/urza_catalog.db --blueprint demo-safe \
+		--trainers 64 --rate 0 --seconds 20 --set TAMIYO_STEP_TIMEOUT_MS=1000
+	$(BIN)/python -m benchmarks.soak
+
+check: lint types imports rules generated
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,11 +43,22 @@ imports: $(READY)
 protos: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. tamiyo_svc/leyline/leyline.proto
 
-docs: $(READY)
-	$(BIN)/tamiyo config docs > docs/settings.md
+# Debian: the package prometheus.
+rules: $(READY)
+	cd deploy/prometheus && promtool check rules tamiyo.rules.yml
+	cd deploy/prometheus && promtool check config --syntax-only prometheus.yml
+	cd deploy/prometheus && promtool test rules tamiyo.rules.test.yml
 
-generated: protos docs
-	git diff --exit-code -- tamiyo_svc/leyline docs/settings.md
+docs: $(READY)
+	$(BIN)/tamiyo docs docs
+	$(BIN)/python deploy/prometheus/render.py
+	$(BIN)/python deploy/grafana/build.py
+
+generated: protos
+	git diff --exit-code -- tamiyo_svc/leyline
+	$(BIN)/tamiyo docs docs --check
+	$(BIN)/python deploy/prometheus/render.py --check
+	$(BIN)/python deploy/grafana/build.py --check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

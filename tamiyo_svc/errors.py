@@ -59,6 +59,12 @@ class BusError(TamiyoError):
     label = "bus"
 
 
+class CommitRefusedError(TamiyoError):
+    """Redis took the commit and refused what it asks for; trying again will not help."""
+
+    label = "commit_refused"
+
+
 class CommitConflictError(BusError):
     """The run state moved on since it was read; reload it and evaluate again."""
 

@@ -187,9 +187,14 @@ class Event(StrEnum):
     POLICY_UPDATE_APPLIED = "policy_update_applied"
     POLICY_UPDATE_REJECTED = "policy_update_rejected"
     POLICY_ROLLED_BACK = "policy_rolled_back"
+    POLICY_SHADOW_STARTED = "policy_shadow_started"
+    POLICY_SHADOW_REPORT = "policy_shadow_report"
     COMMAND_FAILED = "command_failed"
     GRAPH_TRUNCATED = "graph_truncated"
     METADATA_SKIPPED = "metadata_skipped"
+    BSDS_ISSUED = "bsds_issued"
+    BSDS_FAILED = "bsds_failed"
+    CATALOG_UPDATED = "catalog_updated"
     CATALOG_DEGRADED = "catalog_degraded"
     CATALOG_RECOVERED = "catalog_recovered"
 
@@ -225,6 +230,26 @@ class CommandRejection(StrEnum):
     UNKNOWN_PACKET = "unknown_packet"
     WRONG_STEP = "wrong_step"
     ALREADY_ANSWERED = "already_answered"
+
+
+class ClientMode(StrEnum):
+    """What a trainer's client does with packets and commands."""
+
+    ONLINE = "online"
+    """Sends packets, hands out commands."""
+    OBSERVE = "observe"
+    """Sends packets, verifies and logs commands, hands out none."""
+    OFFLINE = "offline"
+    """Writes packets to a capture file, receives nothing."""
+    DISABLED = "disabled"
+    """Does nothing at all."""
+
+
+class AckOutcome(StrEnum):
+    """What a trainer made of a command."""
+
+    APPLIED = "applied"
+    REJECTED = "rejected"
 
 
 class SeedOperations(StrEnum):
@@ -265,6 +290,32 @@ class TimeoutPath(StrEnum):
     STEP = "step"
     METADATA = "metadata"
     COMMIT = "commit"
+
+
+class PolicyRejection(StrEnum):
+    """Why a policy update was refused."""
+
+    MISSING_SIGNATURE = "missing_signature"
+    INVALID_SIGNATURE = "invalid_signature"
+    VERSION_MISMATCH = "version_mismatch"
+    STALE_UPDATE = "stale_update"
+    REPLAYED_UPDATE = "replayed_update"
+    INVALID_PAYLOAD = "invalid_payload"
+    PAYLOAD_TOO_LARGE = "payload_too_large"
+    REGISTRY_MISMATCH = "registry_mismatch"
+    SHAPE_MISMATCH = "shape_mismatch"
+    NONFINITE_WEIGHTS = "nonfinite_weights"
+    PROBE_FAILED = "probe_failed"
+    SWAP_FAILED = "swap_failed"
+
+
+class PolicyUpdateAction(StrEnum):
+    """What a policy update asks for; an envelope without the attribute asks to apply it."""
+
+    APPLY = "apply"
+    SHADOW = "shadow"
+    PROMOTE = "promote"
+    ROLLBACK = "rollback"
 
 
 class PolicyUpdateOutcome(StrEnum):

@@ -2,7 +2,8 @@
 
 A deadline ends the waiting, never the thread. Until an overrun job is over the lane takes no more
 work, so nothing queues behind it; its result is dropped when it comes. What queued while a job
-ran within its time goes to the thread as one batch.
+ran within its time goes to the thread as one batch, or the part of it that can be expected to be
+done by the first deadline.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
+from tamiyo_svc.adapters.keep_warm import KeepWarm
 from tamiyo_svc.errors import InferenceError, LaneBusyError
 
 Request = TypeVar("Request", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 T = TypeVar("T")
 R = TypeVar("R")
+
+_END_WAIT_S: Final = 1.0
+_COST_SHARE: Final = 0.2
+"""Weight of the newest batch in what a request is expected to take."""
 
 
 class LaneWorker(Protocol[Request, Result]):
@@ -42,15 +48,18 @@ class _Job(Generic[T, R]):
     timer: asyncio.TimerHandle | None = None
 
 
+_Work = list[_Job[T, R]] | Callable[[], None] | None
+"""A batch, something to call between two batches, or the end."""
+
+
 @dataclass(slots=True, eq=False)
 class _Thread(Generic[T, R]):
     """One generation of the lane's thread with the queue it takes batches from."""
 
     generation: int
     worker: LaneWorker[T, R]
-    batches: queue.SimpleQueue[list[_Job[T, R]] | Callable[[], None] | None] = field(
-        default_factory=queue.SimpleQueue
-    )
+    batches: queue.SimpleQueue[_Work[T, R]] = field(default_factory=queue.SimpleQueue)
+    system: threading.Thread | None = None
 
 
 class DeviceLane(Generic[T, R]):
@@ -58,8 +67,9 @@ class DeviceLane(Generic[T, R]):
 
     `make_worker` is called for the first thread and again if a hung one has to be replaced.
     `on_hung` hears of a hang, `on_batch` of each batch's size, `on_late` of each result that came
-    after its request had been given up. Deadlines are `time.perf_counter` values in seconds.
-    Everything but the worker runs on the event loop, so no state here is locked.
+    after its request had been given up; with `keep_warm` an idle thread touches the weights before
+    work is expected. Deadlines are values of `clock` in seconds. Everything but the worker and the
+    warming runs on the event loop, so no state here is locked.
     """
 
     def __init__(
@@ -71,6 +81,8 @@ class DeviceLane(Generic[T, R]):
         on_hung: Callable[[], None] = lambda: None,
         on_batch: Callable[[int], None] = lambda size: None,
         on_late: Callable[[], None] = lambda: None,
+        keep_warm: KeepWarm | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make_worker = make_worker
         self._max_batch = max_batch
@@ -78,10 +90,15 @@ class DeviceLane(Generic[T, R]):
         self._on_hung = on_hung
         self._on_batch = on_batch
         self._on_late = on_late
+        self._keep_warm = keep_warm
+        self._clock = clock
         self._thread: _Thread[T, R] | None = None
         self._generation = 0
         self._waiting: list[_Job[T, R]] = []
         self._running: list[_Job[T, R]] = []
+        self._dispatched_s = 0.0
+        self._request_s = 0.0
+        """What one request of a batch takes, a moving average."""
         self._overrun = False
         self._hang_timer: asyncio.TimerHandle | None = None
         self._hangs = 0
@@ -115,7 +132,7 @@ class DeviceLane(Generic[T, R]):
         """
         if self._overrun or not self.ready:
             raise LaneBusyError("the device lane is occupied by a job that overran its deadline")
-        remaining = deadline - time.perf_counter()
+        remaining = deadline - self._clock()
         if remaining <= 0:
             raise TimeoutError
         loop = asyncio.get_running_loop()
@@ -163,10 +180,15 @@ class DeviceLane(Generic[T, R]):
             if not job.future.done():
                 job.future.set_exception(LaneBusyError("the device lane is closed"))
         self._waiting.clear()
-        if self._thread is not None:
-            self._thread.batches.put(None)
-            self._thread = None
+        thread, idle = self._thread, not self._running
+        self._thread = None
         self._generation += 1
+        if thread is None:
+            return
+        thread.batches.put(None)
+        if idle and thread.system is not None:
+            # The interpreter aborts when it ends while a daemon is still inside of torch.
+            await asyncio.to_thread(thread.system.join, _END_WAIT_S)
 
     def _require_thread(self) -> _Thread[T, R]:
         if self._thread is None:
@@ -179,12 +201,13 @@ class DeviceLane(Generic[T, R]):
         thread: _Thread[T, R] = _Thread(self._generation, self._make_worker())
         warm: asyncio.Future[None] = loop.create_future()
         # A daemon: a job that never ends must not keep the process from exiting.
-        threading.Thread(
+        thread.system = threading.Thread(
             target=self._run,
             args=(thread, loop, warm),
             name=f"tamiyo-lane-{thread.generation}",
             daemon=True,
-        ).start()
+        )
+        thread.system.start()
         self._thread = thread
         await warm
 
@@ -201,7 +224,7 @@ class DeviceLane(Generic[T, R]):
             _post(loop, _resolve, warm, error)
             return
         _post(loop, _resolve, warm, None)
-        while (batch := thread.batches.get()) is not None:
+        while (batch := self._next(thread.batches)) is not None:
             if callable(batch):
                 batch()
                 continue
@@ -212,16 +235,52 @@ class DeviceLane(Generic[T, R]):
             if not _post(loop, self._finished, thread.generation, batch, results):
                 return
 
+    def _next(self, batches: queue.SimpleQueue[_Work[T, R]]) -> _Work[T, R]:
+        """Wait for work, warm the weights once meanwhile if it is foreseen when."""
+        warm = self._keep_warm
+        if warm is None:
+            return batches.get()
+        due_s = warm.due_s()
+        work: _Work[T, R] = None
+        try:
+            wait_s = None if due_s is None else max(0.0, due_s - self._clock())
+            work = batches.get(timeout=wait_s)
+        except queue.Empty:
+            for part in range(warm.parts):
+                if not batches.empty():
+                    break
+                warm.touch(part, warm.parts)
+            work = batches.get()
+        if isinstance(work, list):
+            warm.arrived(self._clock())
+        return work
+
     def _dispatch(self) -> None:
         while self._waiting and self._waiting[0].future.done():
             self._waiting.pop(0)
         if not self._waiting:
             return
-        batch = [job for job in self._waiting[: self._max_batch] if not job.future.done()]
-        del self._waiting[: self._max_batch]
+        batch = self._take_batch()
         self._running = batch
+        self._dispatched_s = self._clock()
         self._on_batch(len(batch))
         self._require_thread().batches.put(batch)
+
+    def _take_batch(self) -> list[_Job[T, R]]:
+        """The next requests, as many as can be expected to be answered by the first deadline."""
+        now_s = self._clock()
+        deadline_s = math.inf
+        batch: list[_Job[T, R]] = []
+        taken = 0
+        for job in self._waiting[: self._max_batch]:
+            deadline_s = min(deadline_s, job.deadline)
+            if batch and now_s + (len(batch) + 1) * self._request_s > deadline_s:
+                break
+            taken += 1
+            if not job.future.done():
+                batch.append(job)
+        del self._waiting[:taken]
+        return batch
 
     def _finished(
         self, generation: int, batch: list[_Job[T, R]], results: list[R | InferenceError]
@@ -237,6 +296,8 @@ class DeviceLane(Generic[T, R]):
                 job.future.set_exception(result)
             else:
                 job.future.set_result(result)
+        took_s = (self._clock() - self._dispatched_s) / len(batch)
+        self._request_s += _COST_SHARE * (took_s - self._request_s)
         self._running = []
         self._overrun = False
         self._hangs = 0

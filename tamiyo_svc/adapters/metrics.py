@@ -29,6 +29,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from tamiyo_svc import __version__
+from tamiyo_svc.adapters.blueprint_rows import SKIPPED_PARTS
 from tamiyo_svc.graph.coverage import FAMILIES
 from tamiyo_svc.risk.engine import POLICY_REASON
 from tamiyo_svc.risk.rules import RULES
@@ -208,6 +209,21 @@ class Metrics:
         self._conservative_runs = Gauge(
             "tamiyo_conservative_runs", "Runs in conservative mode.", registry=registry
         )
+        self._catalog_blueprints = Gauge(
+            "tamiyo_catalog_blueprints", "Blueprints known.", registry=registry
+        )
+        self._catalog_degraded = Gauge(
+            "tamiyo_catalog_degraded",
+            "1 while the catalogue cannot be read and its last good state serves.",
+            registry=registry,
+        )
+        skipped = Gauge(
+            "tamiyo_catalog_skipped_entries",
+            "Catalogue rows, or parts of rows, that cannot be used as they stand.",
+            ["part"],
+            registry=registry,
+        )
+        self._catalog_skipped = {part: skipped.labels(part) for part in SKIPPED_PARTS}
         breakers = Gauge(
             "tamiyo_breaker_state",
             "Circuit breakers: 1 closed, 2 open, 3 half open.",
@@ -376,6 +392,13 @@ class Metrics:
     def conservative_runs(self, count: int) -> None:
         """Runs in conservative mode now."""
         self._conservative_runs.set(count)
+
+    def catalog_state(self, blueprints: int, skipped: Mapping[str, int], *, degraded: bool) -> None:
+        """What the catalogue holds now, and what of it had to be left out."""
+        self._catalog_blueprints.set(blueprints)
+        self._catalog_degraded.set(int(degraded))
+        for part, child in self._catalog_skipped.items():
+            child.set(skipped.get(part, 0))
 
     def breaker_state(self, breaker: BreakerName, state: BreakerState) -> None:
         """A breaker is in this state now."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from google.protobuf import json_format
-
+from tamiyo_svc.adapters.blueprint_rows import MAX_ROW_BYTES, parse_blueprint
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
@@ -23,6 +21,10 @@ from tamiyo_svc.taxonomy import Event
 
 _URL_PREFIX: Final = "sqlite:///"
 _LOCK_WAIT_S: Final = 0.1
+_RETRY_S: Final = 0.5
+"""How soon a catalogue that could not be read is tried again."""
+
+_SELECT: Final = "SELECT blueprint_id, metadata_json FROM blueprints"
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,20 @@ class CatalogSnapshot:
 class _Row:
     """One catalogue row as read; equal text means nothing has to be parsed again."""
 
-    text: str
-    blueprint: Blueprint
+    text: object
+    blueprint: Blueprint | None
+    skipped: Mapping[str, int]
+
+
+_Rows = Mapping[str, _Row]
+_Stamp = tuple[object, ...]
 
 
 class UrzaCatalog:
     """Reads the catalogue file now and then and keeps the newest good snapshot.
 
-    A missing file is an empty catalogue. A locked, truncated or otherwise unreadable one leaves
-    the last snapshot in place; `on_event` hears once that it degraded and once that it recovered.
+    A file that is missing, locked, truncated or otherwise unreadable leaves the last snapshot in
+    place; `on_event` hears once that the catalogue degraded and once that it recovered.
     """
 
     def __init__(
@@ -80,21 +87,25 @@ class UrzaCatalog:
         self._path = catalog_path(url)
         self._refresh_s = refresh_s
         self._on_event = on_event
-        self._rows: dict[str, _Row] = {}
-        self._skipped: Counter[str] = Counter()
+        self._rows: _Rows = {}
         self._sheets: dict[str, leyline.BSDS] = {}
-        self._stamp: tuple[object, ...] | None = None
+        self._stamp: _Stamp | None = None
         self._changed = asyncio.Event()
+        # Its own threads: a file system that hangs must not hold up anything else.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tamiyo-catalog")
         self.degraded: str | None = None
         self.snapshot = CatalogSnapshot()
 
     async def run(self) -> None:
         """Refresh on every interval and whenever the bus announced a change, until cancelled."""
         while True:
-            self._changed.clear()
+            wait_s = self._refresh_s
+            if self.degraded is not None:
+                wait_s = min(wait_s, _RETRY_S)
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._refresh_s):
+                async with asyncio.timeout(wait_s):
                     await self._changed.wait()
+            self._changed.clear()
             await self.refresh()
 
     def announce(self) -> None:
@@ -102,25 +113,57 @@ class UrzaCatalog:
         self._stamp = None
         self._changed.set()
 
-    def add_sheet(self, sheet: leyline.BSDS) -> None:
-        """Take a safety sheet from the bus; it counts unless a newer one is known."""
-        known = self._sheets.get(sheet.blueprint_id)
-        if known is None or _issued_ns(known) <= _issued_ns(sheet):
-            self._sheets[sheet.blueprint_id] = sheet
+    def add_sheets(self, sheets: Iterable[leyline.BSDS]) -> None:
+        """Take safety sheets from the bus; each counts unless a newer one is known."""
+        changed = False
+        for sheet in sheets:
+            known = self._sheets.get(sheet.blueprint_id)
+            if known is None or (known != sheet and _issued_ns(known) <= _issued_ns(sheet)):
+                self._sheets[sheet.blueprint_id] = sheet
+                changed = True
+        if changed:
             self._publish()
 
     async def refresh(self) -> None:
         """Read the file again if it changed; never raises for what is wrong with it."""
+        known, stamp = self._rows, self._stamp
         try:
-            changed = await asyncio.to_thread(self._read)
-        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+            found, rows = await asyncio.get_running_loop().run_in_executor(
+                self._threads, _read, self._path, stamp, known
+            )
+        except (sqlite3.Error, OSError) as error:
             self._degrade(f"{type(error).__name__}: {error}")
             return
+        # A change that was announced meanwhile must be read again.
+        if self._stamp == stamp:
+            self._stamp = found
         if self.degraded is not None:
             self.degraded = None
-            self._on_event(Event.CATALOG_RECOVERED, {"blueprints": str(len(self._rows))})
-        if changed:
+            blueprints = len(self._rows if rows is None else rows)
+            self._on_event(Event.CATALOG_RECOVERED, {"blueprints": str(blueprints)})
+        if rows is not None:
+            self._rows = rows
             self._publish()
+
+    async def fetch(self, blueprint_id: str, lock_wait_s: float = _LOCK_WAIT_S) -> bool:
+        """Read one blueprint now; whether the snapshot has it afterwards.
+
+        Raises:
+            sqlite3.Error, OSError: the file cannot be read, or stays locked for `lock_wait_s`.
+        """
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._threads, _read_one, self._path, blueprint_id, lock_wait_s
+        )
+        if found is None:
+            return False
+        if blueprint_id not in self._rows:
+            self._rows = {**self._rows, blueprint_id: found}
+            self._publish()
+        return blueprint_id in self.snapshot.blueprints
+
+    def close(self) -> None:
+        """Let the threads go; one that still reads ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _degrade(self, reason: str) -> None:
         self._stamp = None
@@ -128,45 +171,32 @@ class UrzaCatalog:
             self._on_event(Event.CATALOG_DEGRADED, {"reason": reason})
         self.degraded = reason
 
-    def _read(self) -> bool:
-        """Read changed rows into the cache; runs in a worker thread."""
-        stamp = _file_stamp(self._path)
-        if stamp == self._stamp:
-            return False
-        rows = _select(self._path) if stamp is not None else []
-        parsed: dict[str, _Row] = {}
-        skipped: Counter[str] = Counter()
-        for blueprint_id, text in rows:
-            known = self._rows.get(blueprint_id)
-            if known is not None and known.text == text:
-                parsed[blueprint_id] = known
-                continue
-            try:
-                parsed[blueprint_id] = _Row(text, parse_blueprint(blueprint_id, text, skipped))
-            except ValueError:
-                skipped["row"] += 1
-        self._rows, self._skipped, self._stamp = parsed, skipped, stamp
-        return True
-
     def _publish(self) -> None:
+        skipped: Counter[str] = Counter()
         blueprints = []
-        current = self.snapshot.blueprints
-        for blueprint_id, row in self._rows.items():
-            sheet = self._sheets.get(blueprint_id)
-            own = row.blueprint.bsds
-            if sheet is None or (own is not None and _issued_ns(own) > _issued_ns(sheet)):
-                blueprints.append(row.blueprint)
-                continue
-            previous = current.get(blueprint_id)
-            if (
-                previous is not None
-                and previous.bsds is sheet
-                and previous.descriptor is row.blueprint.descriptor
-            ):
-                blueprints.append(previous)
-            else:
-                blueprints.append(replace(row.blueprint, bsds=sheet))
-        self.snapshot = CatalogSnapshot.of(blueprints, self._skipped)
+        for row in self._rows.values():
+            skipped.update(row.skipped)
+            if row.blueprint is not None:
+                blueprints.append(self._with_newest_sheet(row.blueprint))
+        self.snapshot = CatalogSnapshot.of(blueprints, skipped)
+
+    def _with_newest_sheet(self, blueprint: Blueprint) -> Blueprint:
+        """The blueprint with the sheet of the bus, unless its own is newer.
+
+        What did not change stays the same object, because graphs are cached by it.
+        """
+        sheet = self._sheets.get(blueprint.blueprint_id)
+        own = blueprint.bsds
+        if sheet is None or (own is not None and _issued_ns(own) > _issued_ns(sheet)):
+            return blueprint
+        previous = self.snapshot.blueprints.get(blueprint.blueprint_id)
+        if (
+            previous is not None
+            and previous.bsds is sheet
+            and previous.descriptor is blueprint.descriptor
+        ):
+            return previous
+        return replace(blueprint, bsds=sheet)
 
 
 def catalog_path(url: str) -> Path:
@@ -183,111 +213,69 @@ def catalog_path(url: str) -> Path:
     return Path(url.removeprefix(_URL_PREFIX))
 
 
-def parse_blueprint(blueprint_id: str, text: str, skipped: Counter[str]) -> Blueprint:
-    """Parse one `metadata_json`; parts that do not fit are left out and counted in `skipped`.
-
-    Raises:
-        ValueError: not even the descriptor can be read.
-    """
-    data = json.loads(text)
-    if not isinstance(data, dict):
-        raise ValueError("metadata_json is not an object")
-    extras = data.pop("_urza", None)
-    if not isinstance(extras, dict):
-        extras = {}
-    try:
-        descriptor = json_format.ParseDict(
-            data, leyline.BlueprintDescriptor(), ignore_unknown_fields=True
-        )
-    except json_format.ParseError as error:
-        raise ValueError(str(error)) from None
-    if not math.isfinite(descriptor.risk):
-        raise ValueError("risk is not finite")
-    descriptor.blueprint_id = blueprint_id
-    return Blueprint(
-        descriptor=descriptor,
-        bsds=_sheet(blueprint_id, extras.get("bsds"), skipped),
-        graph_metadata=_typed(extras, "graph_metadata", dict, skipped),
-        guard_spec=_typed(extras, "guard_spec", list, skipped),
-        tags=tuple(str(tag) for tag in _typed(extras, "tags", list, skipped) or ()),
-    )
-
-
-def _typed(extras: Mapping[str, Any], name: str, kind: type, skipped: Counter[str]) -> Any:
-    value = extras.get(name)
-    if value is None or isinstance(value, kind):
-        return value
-    skipped[name] += 1
-    return None
-
-
-def _sheet(blueprint_id: str, value: Any, skipped: Counter[str]) -> leyline.BSDS | None:
-    if value is None:
-        return None
-    try:
-        risk = float(value["risk_score"])
-        if not math.isfinite(risk):
-            raise ValueError("risk_score is not finite")
-        sheet = leyline.BSDS(
-            version=1,
-            blueprint_id=blueprint_id,
-            risk_score=min(1.0, max(0.0, risk)),
-            hazard_band=_member("HAZARD_BAND", value.get("hazard_band")),
-            handling_class=_member("HANDLING_CLASS", value.get("handling_class")),
-            resource_profile=_member("RESOURCE_PROFILE", value.get("resource_profile")),
-            provenance=_member("PROVENANCE", value.get("provenance")),
-            recommendation=str(value.get("recommendation") or ""),
-        )
-        if value.get("issued_at"):
-            sheet.issued_at.FromJsonString(str(value["issued_at"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        skipped["bsds"] += 1
-        return None
-    return sheet
-
-
-def _member(prefix: str, value: Any) -> str | None:
-    """The full enum name for one given with or without its prefix, in any case."""
-    if value is None:
-        return None
-    name = str(value).upper()
-    return name if name.startswith(prefix) else f"{prefix}_{name}"
-
-
 def _issued_ns(sheet: leyline.BSDS) -> int:
     return sheet.issued_at.ToNanoseconds() if sheet.HasField("issued_at") else 0
 
 
-def _file_stamp(path: Path) -> tuple[object, ...] | None:
-    """What changes when the file or its write-ahead log does; None without a file."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
+def _file_stamp(path: Path) -> _Stamp:
+    """What changes when the file or its write-ahead log does.
+
+    Raises:
+        OSError: there is no file.
+    """
+    status = path.stat()
+    stamp: _Stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+    with suppress(FileNotFoundError):
+        log = Path(f"{path}-wal").stat()
+        stamp = (*stamp, log.st_mtime_ns, log.st_size)
+    return stamp
+
+
+def _read(path: Path, stamp: _Stamp | None, known: _Rows) -> tuple[_Stamp, _Rows | None]:
+    """The file's stamp, and its rows if the stamp is another than before."""
+    found = _file_stamp(path)
+    if found == stamp:
+        return found, None
+    rows = {}
+    for raw_id, text in _select(path, f"{_SELECT} ORDER BY blueprint_id", (), _LOCK_WAIT_S):
+        row_id = _decoded(raw_id)
+        before = known.get(row_id)
+        same = before is not None and before.text == text
+        rows[row_id] = before if same and before is not None else _parse(row_id, text)
+    return found, rows
+
+
+def _read_one(path: Path, blueprint_id: str, lock_wait_s: float) -> _Row | None:
+    if not path.exists():
         return None
-    log = Path(f"{path}-wal")
-    try:
-        log_status = log.stat()
-    except FileNotFoundError:
-        return (status.st_ino, status.st_mtime_ns, status.st_size)
-    return (
-        status.st_ino,
-        status.st_mtime_ns,
-        status.st_size,
-        log_status.st_mtime_ns,
-        log_status.st_size,
-    )
+    query = f"{_SELECT} WHERE blueprint_id = ?"
+    for _, text in _select(path, query, (blueprint_id,), lock_wait_s):
+        return _parse(blueprint_id, text)
+    return None
 
 
-def _select(path: Path) -> list[tuple[str, str]]:
-    connection = sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, timeout=_LOCK_WAIT_S
-    )
+def _parse(blueprint_id: str, text: object) -> _Row:
+    skipped: Counter[str] = Counter()
+    blueprint = None
     try:
-        return [
-            (str(blueprint_id), str(text))
-            for blueprint_id, text in connection.execute(
-                "SELECT blueprint_id, metadata_json FROM blueprints ORDER BY blueprint_id"
-            )
-        ]
-    finally:
-        connection.close()
+        if not isinstance(text, bytes) or len(text) > MAX_ROW_BYTES:
+            raise ValueError("metadata_json is not text, or too long")
+        blueprint = parse_blueprint(blueprint_id, text.decode(), skipped)
+    except ValueError:
+        skipped.clear()
+        skipped["row"] = 1
+    return _Row(text, blueprint, skipped)
+
+
+def _decoded(raw_id: object) -> str:
+    return raw_id.decode(errors="replace") if isinstance(raw_id, bytes) else str(raw_id)
+
+
+def _select(
+    path: Path, query: str, values: tuple[str, ...], lock_wait_s: float
+) -> list[tuple[Any, Any]]:
+    url = f"file:{quote(str(path.absolute()))}?mode=ro"
+    with closing(sqlite3.connect(url, uri=True, timeout=lock_wait_s)) as connection:
+        # One row that is not UTF-8 must not cost the others.
+        connection.text_factory = bytes
+        return connection.execute(query, values).fetchall()

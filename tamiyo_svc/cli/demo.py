@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.error import URLError
 
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
+from tamiyo_svc.cli.child import child_service, free_port, outcomes, stop
 from tamiyo_svc.client.client import TamiyoClient
-from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.trainer.blueprints import write_catalog
 from tamiyo_svc.trainer.loop import Trainer, TrainerSettings
 from tamiyo_svc.trainer.records import RunSummary, StepOutcome, StepRecord
 from tamiyo_svc.trainer.report import quantile, write_report
 
-_READY_TIMEOUT_S: Final = 60.0
-_STOP_TIMEOUT_S: Final = 15.0
 _LINE_EVERY_STEPS: Final = 20
 _DEFAULT_PORT: Final = 9464
 _STEP_BUDGET_MS: Final = 5.0
@@ -84,7 +73,7 @@ def demo(report: Path, seed: int) -> int:
     with tempfile.TemporaryDirectory(prefix="tamiyo-demo-") as folder, EmbeddedRedis() as redis:
         catalog = Path(folder, "catalog.db")
         write_catalog(catalog)
-        port = _free_port(_DEFAULT_PORT)
+        port = free_port(_DEFAULT_PORT)
         environment = {
             **os.environ,
             "REDIS_URL": redis.url,
@@ -97,15 +86,15 @@ def demo(report: Path, seed: int) -> int:
             "TAMIYO_LOG_FORMAT": "json",
         }
         url = f"http://127.0.0.1:{port}"
-        with _service(environment, Path(folder, "service.log"), url) as service:
+        with child_service(environment, Path(folder, "service.log"), url) as service:
             console.print(f"service ready, metrics at {url}/metrics, Redis at {redis.socket}")
             with TamiyoClient(redis.url, Keyring(secret.encode()), f"demo-{seed}") as client:
                 records, summary = _train(client, seed, console)
-            outcomes = _outcomes(url)
-            _stop(service)
+            ended = outcomes(url)
+            stop(service)
     write_report(report, records, summary)
-    problems = list(_problems(summary, outcomes, service.returncode))
-    console.print(_summary(summary, records, outcomes))
+    problems = list(_problems(summary, ended, service.returncode))
+    console.print(_summary(summary, records, ended))
     console.print(f"report: {report.resolve()}")
     for problem in problems:
         console.print(f"[red]{problem}[/]")
@@ -142,63 +131,6 @@ def _train(
 
         trainer.on_step = show
         return progressed.records, trainer.run()
-
-
-@contextmanager
-def _service(
-    environment: Mapping[str, str], log_file: Path, url: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    with log_file.open("wb") as log:
-        service = subprocess.Popen(
-            [sys.executable, "-m", "tamiyo_svc.cli.main", "serve"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        _wait_ready(service, url, log_file)
-        yield service
-    finally:
-        if service.poll() is None:
-            service.kill()
-            service.wait()
-
-
-def _wait_ready(service: subprocess.Popen[bytes], url: str, log_file: Path) -> None:
-    deadline_s = time.monotonic() + _READY_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/startupz", timeout=1):  # noqa: S310  loopback
-                return
-        except (URLError, OSError):
-            stopped = service.poll() is not None
-            if stopped or time.monotonic() > deadline_s:
-                lines = log_file.read_text(errors="replace").strip().splitlines()
-                last = lines[-1] if lines else "it said nothing"
-                raise ConfigurationError(f"the service did not start: {last}") from None
-            time.sleep(0.05)
-
-
-def _stop(service: subprocess.Popen[bytes]) -> None:
-    service.send_signal(signal.SIGTERM)
-    try:
-        service.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        service.kill()
-        service.wait()
-
-
-def _outcomes(url: str) -> dict[str, int]:
-    """How the service counts its packets to have ended."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:  # noqa: S310  loopback
-        text = answer.read().decode()
-    return {
-        sample.labels["outcome"]: int(sample.value)
-        for family in text_string_to_metric_families(text)
-        if family.name == "tamiyo_packets"
-        for sample in family.samples
-    }
 
 
 def _problems(
@@ -247,16 +179,3 @@ def _decision(record: StepRecord) -> str:
     if record.outcome is StepOutcome.MISSED:
         return "none in time"
     return f"{record.command_type} {record.operation}".strip()
-
-
-def _free_port(preferred: int) -> int:
-    """The preferred port if nobody listens there, else any free one."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise ConfigurationError("no free port on 127.0.0.1")

@@ -21,6 +21,10 @@ class Circuit:
         """Whether an attempt may be made now."""
         return now_s >= self._open_until_s
 
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until the next attempt may be made."""
+        return max(0.0, self._open_until_s - now_s)
+
     def failed(self, now_s: float) -> None:
         """Note a failed attempt."""
         self._open_until_s = now_s + self._next_delay_s

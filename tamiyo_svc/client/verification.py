@@ -83,6 +83,15 @@ class CommandVerifier:
         """How many command ids are kept."""
         return len(self._accepted_s)
 
+    def accepted(self) -> dict[str, float]:
+        """The command ids kept and when each was accepted, Unix time in seconds."""
+        return dict(self._accepted_s)
+
+    def restore(self, accepted_s: Mapping[str, float]) -> None:
+        """Refuse these command ids too, as `accepted` gave them."""
+        merged = {**accepted_s, **self._accepted_s}
+        self._accepted_s = OrderedDict(sorted(merged.items(), key=lambda item: item[1]))
+
     def expect(self, packet_id: str, step_index: int) -> None:
         """Accept one command for this packet from now on."""
         self._expected[packet_id] = _Expectation(step_index)

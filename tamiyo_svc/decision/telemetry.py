@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from typing import Final
 
 from tamiyo_svc.decision.record import SOURCE, Decision, Runtime, severity_of, timestamp
 from tamiyo_svc.decision.trace import Span, build_spans
@@ -19,6 +22,14 @@ Metric = tuple[str, float, str]
 
 STABLE = "stable"
 """The summary when nothing but the policy had a say."""
+
+MAX_SCORES: Final = 8
+"""How many of a graph's seeds and blueprints have their scores told, the best first."""
+
+_ID_CHARS: Final = 64
+_COMMAND_NAMES: Final[Mapping[CommandAction, str]] = {
+    action: action.name.lower() for action in CommandAction
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +59,7 @@ def build_telemetry(
     for name, value, unit in _metrics(decision, timings):
         packet.metrics.add(name=name, value=value, unit=unit)
     if proposal is not None:
-        packet.metrics.add(
-            name="tamiyo.blending.method_index",
-            value=proposal.blending_method_index,
-            unit="enum",
-            attributes={"method": proposal.blending_method},
-        )
+        _add_choices(packet, decision, proposal)
     packet.spans.extend(build_spans(spans, traceparent))
     packet.system_health.status = _health(
         decision.severity, paused=decision.verdict.action is CommandAction.PAUSE
@@ -65,6 +71,7 @@ def build_telemetry(
             "step_index": str(decision.packet.global_step),
             "mode": str(int(decision.conservative)),
             "blending_method": proposal.blending_method if proposal is not None else "none",
+            "command": _COMMAND_NAMES[decision.verdict.action],
         }
     )
     return packet
@@ -168,10 +175,54 @@ def _proposal_metrics(proposal: Proposal) -> Iterator[Metric]:
     yield "tamiyo.blending.schedule_end", proposal.schedule_end, "fraction"
     if proposal.seed_index is not None:
         yield "tamiyo.selection.seed_index", float(proposal.seed_index), "index"
-    if proposal.seed_score is not None:
-        yield "tamiyo.selection.seed_score", proposal.seed_score, "score"
     if proposal.blueprint_index is not None:
         yield "tamiyo.selection.blueprint_index", float(proposal.blueprint_index), "index"
+
+
+def _add_choices(packet: leyline.TelemetryPacket, decision: Decision, proposal: Proposal) -> None:
+    """What was chosen and from what, with names beside the numbers."""
+    add = packet.metrics.add
+    add(
+        name="tamiyo.blending.method_index",
+        value=proposal.blending_method_index,
+        unit="enum",
+        attributes={"method": proposal.blending_method},
+    )
+    runner_up, probability = proposal.runner_up
+    for name, action, value in (
+        ("tamiyo.policy.proposed", proposal.action, max(proposal.action_probabilities)),
+        ("tamiyo.policy.runner_up", runner_up, probability),
+    ):
+        attributes = {"action": action.name.lower()}
+        add(name=name, value=value, unit="probability", attributes=attributes)
+    if proposal.seed_score is not None:
+        seeds = (seed.seed_id for seed in decision.packet.seed_states)
+        add(
+            name="tamiyo.selection.seed_score",
+            value=proposal.seed_score,
+            unit="score",
+            attributes={
+                "seed_id": proposal.seed_id[:_ID_CHARS],
+                "scores": _best(seeds, proposal.seed_scores),
+            },
+        )
+    if proposal.blueprint is not None and proposal.blueprint_score is not None:
+        add(
+            name="tamiyo.selection.blueprint_score",
+            value=proposal.blueprint_score,
+            unit="score",
+            attributes={
+                "blueprint_id": proposal.blueprint.blueprint_id[:_ID_CHARS],
+                "scores": _best(proposal.blueprint_ids, proposal.blueprint_scores),
+            },
+        )
+
+
+def _best(names: Iterable[str], scores: Sequence[float]) -> str:
+    """The best scores as JSON, a list of [name, score]."""
+    best = nlargest(MAX_SCORES, zip(scores, names, strict=False), key=lambda pair: pair[0])
+    pairs = [[name[:_ID_CHARS], round(score, 6)] for score, name in best]
+    return json.dumps(pairs, separators=(",", ":"))
 
 
 def _breaker_metrics(runtime: Runtime) -> Iterator[Metric]:

@@ -43,7 +43,7 @@ __all__ = ["GraphBuilder", "GraphLimits"]
 
 # A run keeps one wiring until a seed changes stage; a catalogue has tens of blueprints.
 _MAX_BACKDROPS: Final = 64
-_MAX_WIRINGS: Final = 256
+_MAX_WIRINGS: Final = 128
 _MAX_DESCRIPTIONS: Final = 256
 
 _BLENDING_STAGES: Final = range(leyline.SEED_STAGE_BLENDING, leyline.SEED_STAGE_PROBATIONARY + 1)

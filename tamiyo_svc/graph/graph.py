@@ -33,7 +33,7 @@ PACKED_WIDTH: Final = TYPE_COLUMNS.stop
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Topology:
-    """Which nodes and edges there are, shared by graphs that agree in it.
+    """Which nodes and edges there are; graphs that agree in it have the same one.
 
     Identity is a cache key for what is derived from it.
     """

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import blake2b, sha256
+from threading import Lock
 from typing import Final
 
 from tamiyo_svc.graph.schema import BUCKETS
@@ -25,10 +26,15 @@ _FOUNDING_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class Vocabulary:
-    """An append-only mapping of names to indices from 1; 0 is unknown."""
+    """An append-only mapping of names to indices from 1; 0 is unknown.
+
+    Threads may learn and read at once: a lane's thread that hangs can outlive its replacement's
+    start, and the event loop stores what both learn.
+    """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._indices: dict[str, int] = {}
+        self._learning = Lock()
         for name in names:
             self.learn(name)
 
@@ -48,10 +54,15 @@ class Vocabulary:
         known = self._indices.get(name)
         if known is not None:
             return known
-        if not name or len(name) > _MAX_NAME_LENGTH or len(self._indices) >= _MAX_NAMES:
+        if not name or len(name) > _MAX_NAME_LENGTH:
             return 0
-        self._indices[name] = index = len(self._indices) + 1
-        return index
+        with self._learning:
+            if name in self._indices:
+                return self._indices[name]
+            if len(self._indices) >= _MAX_NAMES:
+                return 0
+            self._indices[name] = index = len(self._indices) + 1
+            return index
 
     def digest(self) -> str:
         """SHA-256 over the key-sorted [name, index] pairs, as hex."""
@@ -75,10 +86,10 @@ class Vocabularies:
         self._tables: dict[str, Vocabulary] = {}
         for table, founding in _FOUNDING_NAMES.items():
             given = list((names or {}).get(table, ()))
-            shared = min(len(given), len(founding))
-            if tuple(given[:shared]) != founding[:shared]:
+            common = min(len(given), len(founding))
+            if tuple(given[:common]) != founding[:common]:
                 raise ValueError(f"vocabulary {table} does not start with {', '.join(founding)}")
-            self._tables[table] = Vocabulary((*founding, *given[shared:]))
+            self._tables[table] = Vocabulary((*founding, *given[common:]))
 
     @property
     def layer_types(self) -> Vocabulary:

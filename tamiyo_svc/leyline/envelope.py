@@ -83,10 +83,10 @@ def seal(
     """
     envelope = leyline.BusEnvelope(
         message_type=MESSAGE_TYPES[type(message)],  # type: ignore[arg-type]
-        payload=message.SerializeToString(),
+        payload=message.SerializeToString(deterministic=True),
         attributes=attributes,
     )
-    data = envelope.SerializeToString()
+    data = envelope.SerializeToString(deterministic=True)
     return SignedEnvelope(data, keyring.sign(data) if keyring else "")
 
 

@@ -16,6 +16,7 @@ from tamiyo_svc.graph.builder import GraphBuilder
 from tamiyo_svc.graph.graph import Graph
 from tamiyo_svc.graph.normalizer import Statistics
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.policy.engines import Engines
 from tamiyo_svc.policy.folded import FoldedNetwork, Outputs, fold
 from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork, bootstrap, untrained
 from tamiyo_svc.policy.proposal import Proposal, propose
@@ -61,8 +62,10 @@ class PolicyEvaluator:
         policy: Policy,
         threads: int = 1,
         clock: Callable[[], float] = time.perf_counter,
+        engines: Engines | None = None,
     ) -> None:
         self.policy = policy
+        self._engines = engines or Engines()
         self._builder = builder
         self._threads = threads
         self._clock = clock
@@ -79,11 +82,16 @@ class PolicyEvaluator:
         blueprint = Blueprint(leyline.BlueprintDescriptor(blueprint_id="warm-up"))
         alone = PolicyRequest(packet, (), {})
         joined = PolicyRequest(packet, (blueprint,), {})
+        warming = policy or self.policy
+        graphs = [self._builder.build(packet, found, {}) for found in ((), (blueprint,))]
         with torch.inference_mode():
-            (policy or self.policy).folded.warm_up(_WARM_UP_NODES)
+            warming.folded.warm_up(_WARM_UP_NODES)
+            self._engines.warm_up(
+                warming.network, warming.folded, [graphs[:1], graphs[1:], graphs], self._clock
+            )
         for _ in range(_WARM_UP_RUNS):
             for requests in ([alone], [joined], [alone, joined]):
-                for result in self._evaluate(policy or self.policy, requests):
+                for result in self._evaluate(warming, requests):
                     if isinstance(result, InferenceError):
                         raise result
 
@@ -108,7 +116,7 @@ class PolicyEvaluator:
                 results[place] = _failure("graph build", error)
             else:
                 built.append((place, graph, (self._clock() - started) * 1e3))
-        outputs = self._infer(policy.folded, [graph for _, graph, _ in built])
+        outputs = self._infer(policy, [graph for _, graph, _ in built])
         for (place, graph, build_ms), (output, inference_ms) in zip(built, outputs, strict=True):
             results[place] = (
                 output
@@ -118,7 +126,7 @@ class PolicyEvaluator:
         return [result for result in results if result is not None]
 
     def _infer(
-        self, folded: FoldedNetwork, graphs: Sequence[Graph]
+        self, policy: Policy, graphs: Sequence[Graph]
     ) -> list[tuple[Outputs | InferenceError, float]]:
         """Outputs and milliseconds of every graph; a batch that raises is taken apart."""
         if not graphs:
@@ -126,10 +134,10 @@ class PolicyEvaluator:
         started = self._clock()
         try:
             with torch.inference_mode():
-                outputs = folded.evaluate(graphs)
+                outputs = self._engines.evaluate(policy.network, policy.folded, graphs)
         except Exception as error:
             if len(graphs) > 1:
-                return [self._infer(folded, [graph])[0] for graph in graphs]
+                return [self._infer(policy, [graph])[0] for graph in graphs]
             return [(_failure("network", error), (self._clock() - started) * 1e3)]
         inference_ms = (self._clock() - started) * 1e3
         return [(output, inference_ms) for output in outputs]

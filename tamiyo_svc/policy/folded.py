@@ -1,57 +1,54 @@
-"""The network as it serves: the same function with everything constant multiplied out.
+"""The folded network in torch operations: on a CPU without a compiler, and on CUDA.
 
-What folds, per layer: the mean over relations and the SAGE root weights become one matrix per
-target type over the concatenated neighbourhoods; the GAT attention vectors join the projections
-that precede them (heads x inputs); neighbours are averaged before they are projected, so that the
-wide projection runs once per target node. The last layer is computed for `global`, `seed` and
-`blueprint` alone, and in the layer before it nothing that these do not read.
+`folding` says what was multiplied out. On a CPU the projections are packed for oneDNN.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from tamiyo_svc.graph.graph import COLUMNS, PACKED_WIDTH, TYPE_COLUMNS, Graph, Topology
-from tamiyo_svc.graph.schema import NODE_TYPES, RELATIONS
+from tamiyo_svc.graph.graph import PACKED_WIDTH, Graph, Topology
+from tamiyo_svc.graph.schema import NODE_TYPES
+from tamiyo_svc.policy.folding import (
+    ATTENDED,
+    NEGATIVE_SLOPE,
+    Affine,
+    AttentionWeights,
+    FoldedWeights,
+    Outputs,
+    fold_weights,
+    read_outputs,
+)
 from tamiyo_svc.policy.layout import RELATIONS_INTO, Attention, Layout, lay_out, padded
 from tamiyo_svc.policy.network import TamiyoNetwork
 
+__all__ = ["FoldedNetwork", "Outputs", "Projection", "fold"]
+
 _MAX_LAYOUTS: Final = 256
-_LAST: Final = ("global", "seed", "blueprint")
-_READ_BY_LAST: Final = tuple(
-    kind
-    for kind in NODE_TYPES
-    if kind in _LAST or any(source == kind and target in _LAST for source, _, target in RELATIONS)
-)
-_ATTENDED: Final = (_READ_BY_LAST, _LAST)
-_NEGATIVE_SLOPE: Final = 0.2
 # Far below any score, and still finite after the slope: its share of a softmax is exactly 0.
 _ABSENT: Final = -1e30
+_CPU: Final = torch.device("cpu")
 
-Outputs = dict[str, list[float]]
-"""One graph's outputs by head name."""
-
-
-_Affine = tuple[Tensor, Tensor]
+Forward = Callable[[Layout, Tensor, Tensor], Tensor]
+"""Layout, features and edge attributes to the last layer's nodes."""
 
 
 class Projection:
     """A constant affine map, its weights in the form the processor reads fastest."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        """`weight` is (out, in) as in `nn.Linear`."""
-        self.inputs = weight.shape[1]
-        self._bias = bias.contiguous()
-        self._weight = weight.contiguous()
-        self._is_packed = bool(torch._C._has_mkldnn) and weight.device.type == "cpu"
+    def __init__(self, affine: Affine, device: torch.device, *, may_pack: bool) -> None:
+        self.inputs = affine.weight.shape[1]
+        self._bias = affine.bias.contiguous().to(device)
+        self._weight = affine.weight.contiguous().to(device)
+        self._is_packed = may_pack and bool(torch._C._has_mkldnn)
         if self._is_packed:
             # The number of rows is a hint for the blocking; four is what most types have.
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, 4)
@@ -69,44 +66,69 @@ class Projection:
 @dataclass(frozen=True, slots=True)
 class _AttentionLayer:
     scores: Tensor
-    """(in, 2 * relations * heads)."""
     edges: Tensor
-    """(relations, heads, 3)."""
     projections: Mapping[str, Projection]
 
 
 class FoldedNetwork:
     """Evaluates graphs; equal to the network it came from within 1e-5 in float32.
 
-    Layouts are kept per topology, which makes it unfit for two threads at once.
+    Layouts are kept per topology, which makes it unfit for two threads at once. With `is_mixed`
+    matrices are multiplied in bfloat16; `compile_forward` may replace the forward pass. Copies to
+    another device are pinned and do not block.
     """
 
-    def __init__(self, network: TamiyoNetwork) -> None:
-        config = network.config
+    def __init__(
+        self,
+        weights: FoldedWeights,
+        device: torch.device = _CPU,
+        *,
+        is_mixed: bool = False,
+        compile_forward: Callable[[Forward], Forward] | None = None,
+    ) -> None:
+        config = weights.config
         self.config = config
+        self.device = device
+        self._is_mixed = is_mixed
+        may_pack = device.type == "cpu" and not is_mixed
         self._sage_width, self._width = config.sage_hidden_dim, config.gat_hidden_dim
         self._attention_heads = config.attention_heads
-        self._encoder, self._scale, self._shift = _fold_encoders(network)
-        self._sage = [_fold_sage(layer) for layer in network.sage]
-        self._gat = [
-            _fold_gat(layer, kinds) for layer, kinds in zip(network.gat, _ATTENDED, strict=True)
+        self._encoder, self._scale, self._shift = (
+            tensor.to(device) for tensor in (weights.encoder, weights.scale, weights.shift)
+        )
+        self._sage = [
+            {kind: Projection(affine, device, may_pack=may_pack) for kind, affine in layer.items()}
+            for layer in weights.sage
         ]
-        self._node_heads, self._hidden_heads, self._columns = _fold_heads(network)
+        self._gat = [_attention_layer(layer, device, may_pack=may_pack) for layer in weights.gat]
+        self._node_heads, self._hidden_heads = (
+            (affine.weight.to(device), affine.bias.to(device))
+            for affine in (weights.node_heads, weights.hidden_heads)
+        )
+        self._columns = weights.columns
         self._layouts: OrderedDict[tuple[Topology, ...], Layout] = OrderedDict()
+        self._run = self._forward if compile_forward is None else compile_forward(self._forward)
 
     def evaluate(self, graphs: Sequence[Graph]) -> list[Outputs]:
         """Outputs of every graph, each as if it were alone. Call in inference mode."""
         layout = self._layout(tuple(graph.topology for graph in graphs))
-        features = np.concatenate(
-            [*(graph.features for graph in graphs), np.zeros((1, PACKED_WIDTH), np.float32)]
+        features = torch.from_numpy(
+            np.concatenate(
+                [*(graph.features for graph in graphs), np.zeros((1, PACKED_WIDTH), np.float32)]
+            )
         )
-        attributes = (
+        attributes = torch.from_numpy(
             graphs[0].attributes
             if len(graphs) == 1
             else np.concatenate([graph.attributes for graph in graphs])
         )
-        hidden = self._forward(layout, torch.from_numpy(features), torch.from_numpy(attributes))
-        return self._outputs(hidden, graphs)
+        if self.device.type != "cpu":
+            features = features.pin_memory().to(self.device, non_blocking=True)
+            attributes = attributes.pin_memory().to(self.device, non_blocking=True)
+        if not self._is_mixed:
+            return self._outputs(self._run(layout, features, attributes), graphs)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self._outputs(self._run(layout, features, attributes), graphs)
 
     def warm_up(self, most_nodes: int) -> None:
         """Compile what the projections need for up to `most_nodes` nodes of a type."""
@@ -118,13 +140,14 @@ class FoldedNetwork:
         height = padded(1)
         while height <= padded(most_nodes):
             for projection in projections:
-                projection(torch.zeros(height, projection.inputs))
+                projection(torch.zeros(height, projection.inputs, device=self.device))
             height *= 2
 
     def _layout(self, topologies: tuple[Topology, ...]) -> Layout:
         layout = self._layouts.get(topologies)
         if layout is None:
-            layout = self._layouts[topologies] = lay_out(topologies, _ATTENDED)
+            layout = lay_out(topologies, ATTENDED).to(self.device)
+            self._layouts[topologies] = layout
             if len(self._layouts) > _MAX_LAYOUTS:
                 self._layouts.popitem(last=False)
         else:
@@ -133,7 +156,7 @@ class FoldedNetwork:
 
     def _forward(self, layout: Layout, features: Tensor, attributes: Tensor) -> Tensor:
         if layout.order is not None:
-            features[:-1] = features[layout.order]
+            features = torch.cat([features[layout.order], features[-1:]])
         hidden = functional.gelu(features @ self._encoder)
         hidden = functional.layer_norm(hidden, (self._sage_width,))
         hidden = torch.addcmul(
@@ -176,19 +199,15 @@ class FoldedNetwork:
     ) -> Tensor:
         heads = self._attention_heads
         table = (hidden @ layer.scores).view(-1, heads)
-        logits = hidden.new_full((attention.slots * attention.degree, heads), _ABSENT)
+        logits = hidden.new_full((len(attention.neighbours), heads), _ABSENT)
         edges = layer.edges.index_select(0, attention.relation)
-        logits[attention.place] = torch.bmm(
-            edges, attributes.index_select(0, attention.edge).unsqueeze(-1)
-        ).squeeze(-1)
+        seen = torch.bmm(edges, attributes.index_select(0, attention.edge).unsqueeze(-1))
+        # Autocast gives a product in bfloat16, and an assignment does not convert.
+        logits[attention.place] = seen.squeeze(-1).to(logits.dtype)
         logits += table.index_select(0, attention.sources)
         logits += table.index_select(0, attention.targets)
-        shares = functional.leaky_relu(logits, _NEGATIVE_SLOPE)
-        shares = shares.view(attention.slots, attention.degree, heads).softmax(dim=1)
-        neighbours = hidden.index_select(0, attention.neighbours)
-        means = torch.bmm(
-            shares.transpose(1, 2), neighbours.view(attention.slots, attention.degree, -1)
-        )
+        scores = functional.leaky_relu(logits, NEGATIVE_SLOPE)
+        means = (_padded_means if attention.degree else _listed_means)(attention, scores, hidden)
         output = hidden.new_zeros(len(hidden), self._width)
         slot = 0
         for kind in attention.kinds:
@@ -204,150 +223,61 @@ class FoldedNetwork:
         return output + hidden if output.shape == hidden.shape else output
 
     def _outputs(self, hidden: Tensor, graphs: Sequence[Graph]) -> list[Outputs]:
-        counts = [graph.topology.counts for graph in graphs]
-        seeds = len(graphs)
-        blueprints = seeds + sum(count[1] for count in counts)
-        nodes = hidden[: blueprints + sum(count[2] for count in counts)]
-        values = functional.linear(nodes, *self._node_heads)
+        scored = sum(sum(graph.topology.counts[:3]) for graph in graphs)
+        values = functional.linear(hidden[:scored], *self._node_heads)
         deep = torch.tanh(
             functional.linear(
                 functional.gelu(values[: len(graphs), self._columns["hidden"]]), *self._hidden_heads
             )
         )
-        table, deep_table = values.tolist(), deep.tolist()
-        seed_column = self._columns["seed_scores"].start
-        blueprint_column = self._columns["blueprint_scores"].start
-        params = self.config.param_vector_dim
-        results = []
-        for place, count in enumerate(counts):
-            row = table[place]
-            outputs = {
-                head: row[self._columns[head]]
-                for head in (
-                    "policy_logits",
-                    "blending_logits",
-                    "risk_logits",
-                    "value",
-                    "breaker_logits",
-                )
-            }
-            outputs["policy_params"] = deep_table[place][:params]
-            outputs["schedule_params"] = deep_table[place][params:]
-            outputs["seed_scores"] = [node[seed_column] for node in table[seeds : seeds + count[1]]]
-            outputs["blueprint_scores"] = [
-                node[blueprint_column] for node in table[blueprints : blueprints + count[2]]
-            ]
-            seeds, blueprints = seeds + count[1], blueprints + count[2]
-            results.append(outputs)
-        return results
+        return read_outputs(
+            values.tolist(), deep.tolist(), graphs, self._columns, self.config.param_vector_dim
+        )
 
 
 def fold(network: TamiyoNetwork) -> FoldedNetwork:
     """Fold a network's present weights; later changes to it do not reach the folded form."""
-    with torch.no_grad():
-        return FoldedNetwork(network)
+    return FoldedNetwork(fold_weights(network))
 
 
-def _fold_encoders(network: TamiyoNetwork) -> tuple[Tensor, Tensor, Tensor]:
-    """One matrix over packed rows, whose type columns carry the biases, and the norms by type."""
-    width = network.config.sage_hidden_dim
-    matrix = torch.zeros(PACKED_WIDTH, width)
-    scale, shift = torch.zeros(len(NODE_TYPES) + 1, width), torch.zeros(len(NODE_TYPES) + 1, width)
-    for place, kind in enumerate(NODE_TYPES):
-        linear, _, norm = _parts(network.encoders[kind])
-        matrix[COLUMNS[kind]] = linear.weight.T
-        matrix[TYPE_COLUMNS.start + place] = linear.bias
-        scale[place], shift[place] = norm.weight, norm.bias
-    return matrix, scale, shift
+def _padded_means(attention: Attention, scores: Tensor, hidden: Tensor) -> Tensor:
+    """Every slot's neighbours weighted by the softmax of their scores: (slots, heads, width)."""
+    shares = scores.view(attention.slots, attention.degree, -1).softmax(dim=1)
+    neighbours = hidden.index_select(0, attention.neighbours)
+    return torch.bmm(shares.transpose(1, 2), neighbours.view(attention.slots, attention.degree, -1))
 
 
-def _fold_sage(layer: nn.Module) -> dict[str, Projection]:
-    convolutions = _convolutions(layer)
-    projections = {}
-    for kind in NODE_TYPES:
-        into = [convolutions[place] for place in RELATIONS_INTO[kind]]
-        share = 1.0 / len(into)
-        blocks = [conv.lin_l.weight for conv in into]
-        blocks.append(torch.stack([conv.lin_r.weight for conv in into]).sum(dim=0))
-        bias = torch.stack([conv.lin_l.bias for conv in into]).mean(dim=0)
-        projections[kind] = Projection(torch.cat(blocks, dim=1) * share, bias)
-    return projections
+def _listed_means(attention: Attention, scores: Tensor, hidden: Tensor) -> Tensor:
+    """The same from a list of edges, for graphs that are too uneven to be padded."""
+    slot = attention.slot
+    top = scores.new_full((attention.slots, scores.shape[1]), _ABSENT)
+    top = top.scatter_reduce(0, slot.unsqueeze(1).expand_as(scores), scores, "amax")
+    shares = (scores - top.index_select(0, slot)).exp()
+    total = shares.new_zeros(top.shape).index_add(0, slot, shares)
+    shares = shares / total.index_select(0, slot)
+    return torch.stack(
+        [
+            functional.embedding_bag(
+                attention.neighbours,
+                hidden,
+                attention.offsets,
+                mode="sum",
+                per_sample_weights=share.contiguous(),
+            )
+            for share in shares.unbind(dim=1)
+        ],
+        dim=1,
+    )
 
 
-def _fold_gat(layer: nn.Module, kinds: Sequence[str]) -> _AttentionLayer:
-    convolutions = _convolutions(layer)
-    sources: list[Tensor] = []
-    targets: list[Tensor] = []
-    edges: list[Tensor] = []
-    for conv in convolutions:
-        heads, width = conv.heads, conv.out_channels
-        for parts, linear, vector in (
-            (sources, conv.lin_src, conv.att_src),
-            (targets, conv.lin_dst, conv.att_dst),
-            (edges, conv.lin_edge, conv.att_edge),
-        ):
-            weight = linear.weight.view(heads, width, -1)
-            parts.append(torch.einsum("hci,hc->hi", weight, vector[0]))
-    projections = {}
-    for kind in kinds:
-        into = [convolutions[place] for place in RELATIONS_INTO[kind]]
-        blocks = [
-            # (heads * width, in) to (width, heads * in): a slot's row is its heads, one by one.
-            conv.lin_src.weight.view(conv.heads, conv.out_channels, -1)
-            .transpose(0, 1)
-            .reshape(conv.out_channels, -1)
-            for conv in into
-        ]
-        weight = torch.cat(blocks, dim=1) / (len(into) * into[0].heads)
-        bias = torch.stack([conv.bias for conv in into]).mean(dim=0)
-        projections[kind] = Projection(weight, bias)
+def _attention_layer(
+    layer: AttentionWeights, device: torch.device, *, may_pack: bool
+) -> _AttentionLayer:
     return _AttentionLayer(
-        scores=torch.cat([*sources, *targets]).T.contiguous(),
-        edges=torch.stack(edges),
-        projections=projections,
+        scores=layer.scores.to(device),
+        edges=layer.edges.to(device),
+        projections={
+            kind: Projection(affine, device, may_pack=may_pack)
+            for kind, affine in layer.projections.items()
+        },
     )
-
-
-def _fold_heads(network: TamiyoNetwork) -> tuple[_Affine, _Affine, dict[str, slice]]:
-    """All first layers side by side, the second layers block by block, and where each head is."""
-    heads = network.heads
-    adjustment, schedule = _parts(heads["adjustment"]), _parts(heads["schedule"])
-    first = {
-        "policy_logits": heads["policy"],
-        "blending_logits": heads["blending"],
-        "risk_logits": heads["risk"],
-        "value": heads["value"],
-        "breaker_logits": heads["breaker"],
-        "seed_scores": heads["seed_score"],
-        "blueprint_scores": heads["blueprint_score"],
-        "adjustment": adjustment[0],
-        "schedule": schedule[0],
-    }
-    columns: dict[str, slice] = {}
-    stop = 0
-    for name, linear in first.items():
-        columns[name] = slice(stop, stop := stop + linear.out_features)
-    columns["hidden"] = slice(columns["adjustment"].start, columns["schedule"].stop)
-    return (
-        (
-            torch.cat([linear.weight for linear in first.values()]),
-            torch.cat([linear.bias for linear in first.values()]),
-        ),
-        (
-            torch.block_diag(  # type: ignore[no-untyped-call]
-                adjustment[2].weight, schedule[2].weight
-            ),
-            torch.cat([adjustment[2].bias, schedule[2].bias]),
-        ),
-        columns,
-    )
-
-
-def _convolutions(layer: nn.Module) -> list[Any]:
-    """A layer's convolutions in the order of `RELATIONS`."""
-    by_relation: Any = layer.convs
-    return [by_relation[relation] for relation in RELATIONS]
-
-
-def _parts(sequence: nn.Module) -> list[Any]:
-    return list(sequence.children())

@@ -9,10 +9,11 @@ one row of the concatenated neighbourhoods.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +26,9 @@ RELATIONS_INTO: Final[dict[str, tuple[int, ...]]] = {
 }
 """Indices in `RELATIONS` of those that reach a type."""
 
+MOST_PADDED: Final = 1 << 18
+"""Most places of a padded layer; at full width each takes 1 KB."""
+
 _SOURCE_TYPE: Final = np.array([NODE_TYPES.index(source) for source, _, _ in RELATIONS])
 _TARGET_TYPE: Final = np.array([NODE_TYPES.index(target) for _, _, target in RELATIONS])
 _FAN_IN: Final = np.array([len(RELATIONS_INTO[kind]) for kind in NODE_TYPES])
@@ -35,26 +39,48 @@ _PLACE: Final = np.array(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """The edges of one GAT layer, padded to (slots, degree), for the types it computes.
+    """The edges of one GAT layer for the types it computes, padded to (slots, degree).
 
-    A row of the score table is a node's scores as source, relation by relation, then as target.
+    Where some node has so many neighbours that padding would waste memory, `degree` is 0 and there
+    is one place per edge. A row of the score table is a node's scores as source, relation by
+    relation, then as target.
     """
 
     kinds: tuple[str, ...]
     slots: int
     degree: int
     neighbours: Tensor
-    """(slots * degree): source row of every edge, the zero row where there is none."""
+    """(places): source row of every edge, the zero row where there is none."""
     sources: Tensor
-    """(slots * degree): row of the score table for every edge's source."""
+    """(places): row of the score table for every edge's source."""
     targets: Tensor
-    """(slots * degree): row of the score table for every edge's target."""
+    """(places): row of the score table for every edge's target."""
     relation: Tensor
     """(edges): relation of every edge."""
     edge: Tensor
     """(edges): place of every edge in the packed attributes of the graphs, one after another."""
     place: Tensor
-    """(edges): where among slots * degree the edge stands."""
+    """(edges): where among the places the edge stands."""
+    slot: Tensor
+    """(edges): slot of every edge, ascending."""
+    offsets: Tensor
+    """(slots): first edge of every slot."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """A batch as the compiled form reads it: a slot per node and relation into its type."""
+
+    counts: npt.NDArray[np.int32]
+    """Nodes per type over all graphs."""
+    order: npt.NDArray[np.int32]
+    """(nodes): rows of the concatenated features in order of type."""
+    starts: npt.NDArray[np.int32]
+    """(slots + 1): where a slot's edges begin."""
+    sources: npt.NDArray[np.int32]
+    """(edges): source row of every edge."""
+    edges: npt.NDArray[np.int32]
+    """(edges): place of every edge in the packed attributes of the graphs, one after another."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,16 +100,30 @@ class Layout:
     """
     attention: tuple[Attention, Attention]
 
-    @property
-    def nodes(self) -> int:
-        """Number of nodes, without the zero row."""
-        return sum(self.counts)
+    def to(self, device: torch.device) -> Layout:
+        """The same layout with its tensors on a device."""
+        if device.type == "cpu":
+            return self
+        moved: Layout = _moved(self, device)
+        return moved
 
     def rows(self, kind: str) -> slice:
         """Rows of a type."""
         place = NODE_TYPES.index(kind)
         start = sum(self.counts[:place])
         return slice(start, start + self.counts[place])
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or whatever holds tensors, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    if isinstance(value, (Layout, Attention)):
+        moved = {field.name: _moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **moved)
+    return value
 
 
 def padded(count: int) -> int:
@@ -99,27 +139,12 @@ def lay_out(
     topologies: Sequence[Topology], attended: tuple[tuple[str, ...], tuple[str, ...]]
 ) -> Layout:
     """Lay out a batch; `attended` are the types each GAT layer computes."""
-    counts = np.array([topology.counts for topology in topologies])
-    totals = counts.sum(axis=0)
-    type_starts = np.concatenate([[0], np.cumsum(totals)[:-1]])
-    starts = type_starts + np.cumsum(counts, axis=0) - counts
-    relations = [np.repeat(np.arange(len(RELATIONS)), t.edge_counts) for t in topologies]
-    relation = np.concatenate(relations)
-    source = np.concatenate(
-        [
-            first[_SOURCE_TYPE[which]] + topology.edges[0]
-            for first, which, topology in zip(starts, relations, topologies, strict=True)
-        ]
-    )
-    target = np.concatenate(
-        [
-            first[_TARGET_TYPE[which]] + topology.edges[1]
-            for first, which, topology in zip(starts, relations, topologies, strict=True)
-        ]
-    )
+    joined = _join(topologies)
+    totals, type_starts = joined.totals, joined.type_starts
+    relation, source, target = joined.relation, joined.source, joined.target
     return Layout(
         counts=tuple(int(total) for total in totals),
-        order=None if len(topologies) == 1 else _order(counts),
+        order=None if len(topologies) == 1 else torch.from_numpy(_order(joined.counts)),
         types=torch.from_numpy(np.repeat(np.arange(len(NODE_TYPES) + 1), [*totals, 1])),
         mean=_mean_bags(totals, type_starts, relation, source, target),
         attention=(
@@ -129,7 +154,67 @@ def lay_out(
     )
 
 
-def _order(counts: Integers) -> Tensor:
+def lay_out_slots(topologies: Sequence[Topology]) -> Slots:
+    """Lay out a batch by slot; every type has slots."""
+    joined = _join(topologies)
+    totals, relation = joined.totals, joined.relation
+    sizes = totals * _FAN_IN
+    slot_starts = np.cumsum(sizes) - sizes
+    kind = _TARGET_TYPE[relation]
+    slot = (
+        slot_starts[kind]
+        + (joined.target - joined.type_starts[kind]) * _FAN_IN[kind]
+        + _PLACE[relation]
+    )
+    edges = np.argsort(slot, kind="stable")
+    fill = np.bincount(slot, minlength=int(sizes.sum()))
+    order = np.arange(totals.sum()) if len(topologies) == 1 else _order(joined.counts)
+    return Slots(
+        *(
+            np.ascontiguousarray(array, np.int32)
+            for array in (
+                totals,
+                order,
+                np.concatenate([[0], np.cumsum(fill)]),
+                joined.source[edges],
+                edges,
+            )
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Joined:
+    """The edges of a batch between rows ordered by type, then by graph."""
+
+    counts: Integers
+    """(graphs, types)."""
+    totals: Integers
+    type_starts: Integers
+    relation: Integers
+    source: Integers
+    target: Integers
+
+
+def _join(topologies: Sequence[Topology]) -> _Joined:
+    counts = np.array([topology.counts for topology in topologies])
+    totals = counts.sum(axis=0)
+    type_starts = np.concatenate([[0], np.cumsum(totals)[:-1]])
+    starts = type_starts + np.cumsum(counts, axis=0) - counts
+    relations = [np.repeat(np.arange(len(RELATIONS)), t.edge_counts) for t in topologies]
+    source, target = (
+        np.concatenate(
+            [
+                first[types[which]] + topology.edges[end]
+                for first, which, topology in zip(starts, relations, topologies, strict=True)
+            ]
+        )
+        for end, types in enumerate((_SOURCE_TYPE, _TARGET_TYPE))
+    )
+    return _Joined(counts, totals, type_starts, np.concatenate(relations), source, target)
+
+
+def _order(counts: Integers) -> Integers:
     """From nodes by graph, then type, to nodes by type, then graph."""
     flat = counts.reshape(-1)
     firsts = (np.cumsum(flat) - flat).reshape(counts.shape)
@@ -138,7 +223,7 @@ def _order(counts: Integers) -> Tensor:
         for firsts_of_type, counts_of_type in zip(firsts.T, counts.T, strict=True)
         for first, count in zip(firsts_of_type, counts_of_type, strict=True)
     ]
-    return torch.from_numpy(np.concatenate(runs))
+    return np.concatenate(runs)
 
 
 def _mean_bags(
@@ -188,12 +273,18 @@ def _attention(
     slots = int(sizes.sum())
     fill = np.bincount(slot, minlength=slots)
     degree = max(1, int(fill.max(initial=0)))
-    place = slot * degree + np.arange(len(slot)) - np.repeat(np.cumsum(fill) - fill, fill)
+    offsets = np.cumsum(fill) - fill
+    place = np.arange(len(slot))
+    if slots * degree > MOST_PADDED:
+        degree = 0
+    else:
+        place = slot * degree + place - np.repeat(offsets, fill)
+    places = slots * degree or len(slot)
     nodes = int(totals.sum())
-    neighbours = np.full(slots * degree, nodes)
+    neighbours = np.full(places, nodes)
     neighbours[place] = source
     # The zero row scores 0 everywhere.
-    sources = np.full(slots * degree, nodes * 2 * len(RELATIONS))
+    sources = np.full(places, nodes * 2 * len(RELATIONS))
     targets = sources.copy()
     sources[place] = source * 2 * len(RELATIONS) + relation
     targets[place] = target * 2 * len(RELATIONS) + len(RELATIONS) + relation
@@ -207,6 +298,8 @@ def _attention(
         relation=torch.from_numpy(relation),
         edge=torch.from_numpy(edge),
         place=torch.from_numpy(place),
+        slot=torch.from_numpy(slot),
+        offsets=torch.from_numpy(offsets),
     )
 
 

@@ -30,7 +30,7 @@ _DROPOUT: Final = 0.2
 _NO_RISK_LOGIT: Final = 4.0
 # Any fixed number: two processes must start from the same untrained weights.
 _INITIAL_SEED: Final = 20_240_229
-# Contract name prefix -> this module's, longest first where one begins another.
+# Contract name prefix -> this module's.
 _NAMES: Final[Mapping[str, str]] = {
     "_node_encoders.": "encoders.",
     "_sage_layers.": "sage.",

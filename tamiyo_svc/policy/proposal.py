@@ -12,18 +12,7 @@ from tamiyo_svc.errors import InferenceError
 from tamiyo_svc.graph.coverage import Coverage
 from tamiyo_svc.graph.schema import STAGE_SCALE
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.taxonomy import BLENDING_METHODS, PolicyAction
-
-NO_CANDIDATE_STAGES: Final = frozenset(
-    {
-        leyline.SEED_STAGE_FOSSILIZED,
-        leyline.SEED_STAGE_CULLED,
-        leyline.SEED_STAGE_EMBARGOED,
-        leyline.SEED_STAGE_RESETTING,
-        leyline.SEED_STAGE_TERMINATED,
-    }
-)
-"""Stages in which nothing more can be done with a seed."""
+from tamiyo_svc.taxonomy import BLENDING_METHODS, NEXT_SEED_OPERATIONS, PolicyAction
 
 _REQUIRED_HEADS: Final = (
     "policy_logits",
@@ -65,6 +54,7 @@ class Proposal:
     blueprint_index: int | None
     blueprint_score: float | None
     blueprint_scores: tuple[float, ...]
+    blueprint_ids: tuple[str, ...]
     coverage: Coverage
     truncated: Mapping[str, int]
     skipped_metadata: int
@@ -79,7 +69,7 @@ class Proposal:
 
 def is_candidate(seed: leyline.SeedState) -> bool:
     """Whether anything can still be done with a seed."""
-    return seed.stage not in NO_CANDIDATE_STAGES
+    return seed.stage in NEXT_SEED_OPERATIONS
 
 
 def propose(
@@ -148,6 +138,7 @@ def propose(
         blueprint_index=blueprint_index,
         blueprint_score=None if blueprint_index is None else blueprint_scores[blueprint_index],
         blueprint_scores=blueprint_scores,
+        blueprint_ids=tuple(blueprint.blueprint_id for blueprint in blueprints),
         coverage=coverage,
         truncated=truncated,
         skipped_metadata=skipped_metadata,

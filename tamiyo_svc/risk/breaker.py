@@ -9,6 +9,7 @@ OPEN       cooled down   HALF_OPEN  one probe may go
 HALF_OPEN  success       CLOSED     and the cool-down is short again
 HALF_OPEN  failure       OPEN       and the cool-down doubles, up to a cap
 HALF_OPEN  cooled down   HALF_OPEN  the probe was lost, another may go
+any        recovered     CLOSED     its owner has probed on its own and seen it work
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class BreakerInput(Enum):
     FAILURE = "failure"
     LAST_FAILURE = "last_failure"
     COOLED_DOWN = "cooled_down"
+    RECOVERED = "recovered"
 
 
 TRANSITIONS: Final[Mapping[tuple[BreakerState, BreakerInput], BreakerState]] = {
@@ -47,6 +49,9 @@ TRANSITIONS: Final[Mapping[tuple[BreakerState, BreakerInput], BreakerState]] = {
     (BreakerState.HALF_OPEN, BreakerInput.SUCCESS): BreakerState.CLOSED,
     (BreakerState.HALF_OPEN, BreakerInput.FAILURE): BreakerState.OPEN,
     (BreakerState.HALF_OPEN, BreakerInput.COOLED_DOWN): BreakerState.HALF_OPEN,
+    (BreakerState.CLOSED, BreakerInput.RECOVERED): BreakerState.CLOSED,
+    (BreakerState.OPEN, BreakerInput.RECOVERED): BreakerState.CLOSED,
+    (BreakerState.HALF_OPEN, BreakerInput.RECOVERED): BreakerState.CLOSED,
 }
 
 _EVENTS: Final[Mapping[BreakerState, tuple[Event, Severity, str]]] = {
@@ -120,6 +125,12 @@ def record_success(breaker: Breaker, name: BreakerName) -> tuple[Breaker, FiredE
     state = TRANSITIONS[breaker.state, BreakerInput.SUCCESS]
     if state is not BreakerState.CLOSED:
         return breaker, None
+    return CLOSED, _transition(breaker, CLOSED, name)
+
+
+def record_recovery(breaker: Breaker, name: BreakerName) -> tuple[Breaker, FiredEvent | None]:
+    """The breaker once what it guards was seen to work by probes it had no say in."""
+    assert TRANSITIONS[breaker.state, BreakerInput.RECOVERED] is BreakerState.CLOSED
     return CLOSED, _transition(breaker, CLOSED, name)
 
 

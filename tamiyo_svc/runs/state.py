@@ -36,7 +36,8 @@ MAX_DECIDED: Final = 64
 
 _VERSION: Final = 1
 _NANOS: Final = 1_000_000_000
-_HEADER: Final = struct.Struct("<B?dQBIBB")
+_NOTHING_HEARD: Final = bytes(DIGEST_BYTES)
+_HEADER: Final = struct.Struct(f"<B?dQ{DIGEST_BYTES}sBIBB")
 _PAIR: Final = struct.Struct("<dd")
 
 
@@ -46,6 +47,7 @@ class RunState:
 
     `statistics` are those of `graph.normalizer`, `decided` the digests of the last decisions
     with the newest last, `newest_timestamp_ns` the newest packet's, on the trainer's clock.
+    `heard` is the mark of the emergency for all runs that this one was last told of.
     """
 
     last_validation_loss: float | None = None
@@ -53,6 +55,7 @@ class RunState:
     mode: ConservativeMode = INACTIVE
     decided: tuple[bytes, ...] = ()
     newest_timestamp_ns: int = 0
+    heard: bytes = _NOTHING_HEARD
     windows: Windows = ()
 
     def to_bytes(self) -> bytes:
@@ -64,6 +67,7 @@ class RunState:
             self.last_validation_loss is not None,
             self.last_validation_loss or 0.0,
             self.newest_timestamp_ns,
+            self.heard,
             len(mode),
             sum(1 << index for index, there in enumerate(kept) if there),
             len(self.decided),
@@ -138,10 +142,12 @@ def advance(
     now_ns: int,
     window_epochs: int,
     window_max_age_s: float,
+    heard: bytes | None = None,
 ) -> Advanced:
     """The state after a decision.
 
-    `mode` and `severity` are what the step made of conservative mode and its worst event.
+    `mode` and `severity` are what the step made of conservative mode and its worst event,
+    `heard` the mark of the emergency for all runs, if there is one.
     With `window_epochs` above 1 the command opens an observation window.
     """
     observed = _observed(state, packet, critical=severity is Severity.CRITICAL)
@@ -159,6 +165,7 @@ def advance(
         mode=mode,
         decided=(*state.decided, digest)[-MAX_DECIDED:],
         newest_timestamp_ns=max(state.newest_timestamp_ns, timestamp_ns),
+        heard=state.heard if heard is None else heard,
         windows=windows,
     )
     return Advanced(after, closed, settled.events)
@@ -184,7 +191,8 @@ def _observed(state: RunState, packet: leyline.SystemStatePacket, *, critical: b
 
 
 def _parse(data: bytes) -> RunState:
-    _, has_loss, loss, newest_ns, mode_bytes, present, decided, windows = _HEADER.unpack_from(data)
+    header = _HEADER.unpack_from(data)
+    _, has_loss, loss, newest_ns, heard, mode_bytes, present, decided, windows = header
     if present >> len(METRICS) or decided > MAX_DECIDED or windows > MAX_WINDOWS:
         raise StoredStateError("run state: a count is out of range")
     metrics = [metric for index, metric in enumerate(METRICS) if present >> index & 1]
@@ -203,6 +211,7 @@ def _parse(data: bytes) -> RunState:
             for start in range(pairs_end, decided_end, DIGEST_BYTES)
         ),
         newest_timestamp_ns=newest_ns,
+        heard=heard,
         windows=unpack_windows(data[decided_end:]),
     )
     if not _is_finite(state.statistics, loss, state.windows):

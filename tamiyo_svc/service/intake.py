@@ -25,7 +25,8 @@ from tamiyo_svc.leyline.envelope import (
     parse_payload,
 )
 from tamiyo_svc.leyline.signing import Keyring
-from tamiyo_svc.service.evaluate import PacketPath, Received
+from tamiyo_svc.service.evaluate import PacketPath
+from tamiyo_svc.service.outcomes import Received
 from tamiyo_svc.taxonomy import DeadLetterReason, Outcome, Stage
 
 log = structlog.get_logger("tamiyo.intake")
@@ -80,6 +81,11 @@ class Intake:
         self._room = asyncio.Event()
         self._room.set()
         self._recover = True
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything read has not ended yet."""
+        return bool(self._in_flight)
 
     async def read(self) -> None:
         """Read until cancelled: what is pending for us first, then what is new."""
@@ -259,10 +265,20 @@ class Intake:
     async def _give_notice(
         self, notice: Notice, entry: Entry, envelope: leyline.BusEnvelope
     ) -> None:
-        try:
-            await notice(entry, envelope)
-        finally:
-            self._ended([entry])
+        for _ in range(self._limits.max_deliveries):
+            try:
+                await notice(entry, envelope)
+            except InvalidPacketError as error:
+                self._metrics.packet_received()
+                await self._bury(entry, DeadLetterReason.INVALID_FIELD, str(error))
+                return
+            except Exception:  # the boundary, as for packets: an unforeseen failure is a retry
+                log.exception("message.failed", entry_id=entry.entry_id)
+            else:
+                self._ended([entry])
+                return
+        self._metrics.packet_received()
+        await self._bury(entry, DeadLetterReason.DELIVERIES_EXCEEDED, "processing failed")
 
     async def _acknowledge(self, entries: Sequence[Entry]) -> None:
         try:

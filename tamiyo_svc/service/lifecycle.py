@@ -7,6 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import structlog
@@ -16,6 +17,7 @@ from tamiyo_svc import __version__
 from tamiyo_svc.adapters.cancellation import cancel
 from tamiyo_svc.adapters.lane import DeviceLane
 from tamiyo_svc.adapters.metrics import Metrics, StreamPosition
+from tamiyo_svc.adapters.oona.breaker_store import BreakerStore
 from tamiyo_svc.adapters.oona.connection import ServerClock
 from tamiyo_svc.adapters.oona.consumer import StreamConsumer
 from tamiyo_svc.adapters.oona.health import BusHealth
@@ -24,12 +26,13 @@ from tamiyo_svc.adapters.oona.outbox import Outbox
 from tamiyo_svc.adapters.oona.run_store import RunStore
 from tamiyo_svc.adapters.urza import UrzaCatalog
 from tamiyo_svc.adapters.vocabulary_store import save_vocabularies
-from tamiyo_svc.errors import BusError
+from tamiyo_svc.errors import BusError, StoredStateError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.evaluator import PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.service.intake import Intake
-from tamiyo_svc.service.notices import NoticeBoard
+from tamiyo_svc.service.notices import Inbox, NoticeBoard
+from tamiyo_svc.service.policy_updates import PolicyUpdates
 from tamiyo_svc.service.settings import Settings
 from tamiyo_svc.service.state import ReplicaState
 
@@ -58,6 +61,9 @@ class Service:
         intake: Intake,
         outbox: Outbox,
         notices: NoticeBoard,
+        inbox: Inbox,
+        breakers: BreakerStore,
+        updates: PolicyUpdates,
         catalog: UrzaCatalog,
         runs: RunStore,
         metrics: Metrics,
@@ -73,6 +79,9 @@ class Service:
         self._intake = intake
         self._outbox = outbox
         self._notices = notices
+        self._inbox = inbox
+        self._breakers = breakers
+        self._updates = updates
         self._catalog = catalog
         self._runs = runs
         self._metrics = metrics
@@ -108,8 +117,12 @@ class Service:
                 start(self._catalog.run(), "catalog"),
                 start(self._observe(), "observe"),
                 start(self._trim(), "trim"),
+                start(self._updates.follow(), "policy-stream"),
+                start(self._updates.guard(), "policy-probation"),
+                start(self._updates.announce(), "policy-status"),
             ]
             await self._until(self._health.wait_up(), stop)
+            await self._until(self._updates.wait_caught_up(), stop)
             intake = [start(self._intake.read(), "read"), start(self._intake.claim(), "claim")]
             self._started = True
             if not stop.is_set():
@@ -127,7 +140,12 @@ class Service:
             await cancel(intake)
             await self._drain()
             await cancel(background)
+        await self._updates.close()
         await self._lane.close()
+        self._catalog.close()
+        await self._save_vocabularies()
+        with suppress(BusError):
+            await self._breakers.save(self._replica.breakers)
         log.info("service.stopped")
 
     async def _drain(self) -> None:
@@ -159,9 +177,13 @@ class Service:
             await asyncio.sleep(_OBSERVE_S)
             self._notices.publish_unreported()
             self._metrics.conservative_runs(self._runs.conservative_runs())
+            self._observe_catalog()
             await self._save_vocabularies()
             try:
+                await self._health.check_writes()
                 await self._clock.sync(self._redis)
+                await self._inbox.refresh()
+                await self._breakers.save(self._replica.breakers)
                 for stream in streams:
                     status = await read_status(self._redis, stream, self._consumer.group)
                     oldest_s = None
@@ -200,6 +222,13 @@ class Service:
             except BusError as error:
                 self._health.failed(error)
 
+    def _observe_catalog(self) -> None:
+        snapshot = self._catalog.snapshot
+        degraded = self._catalog.degraded is not None
+        self._metrics.catalog_state(len(snapshot.blueprints), snapshot.skipped, degraded=degraded)
+        for name, breaker in self._replica.breakers.items():
+            self._metrics.breaker_state(name, breaker.state)
+
     async def _save_vocabularies(self) -> None:
         size = self._vocabularies.size
         if size == self._saved_vocabulary_size:
@@ -207,7 +236,7 @@ class Service:
         text = self._vocabularies.to_json()
         try:
             await asyncio.to_thread(save_vocabularies, self._settings.state_dir, text)
-        except OSError as error:
+        except (OSError, StoredStateError) as error:
             log.warning("vocabularies.save_failed", error=str(error))
         else:
             self._saved_vocabulary_size = size

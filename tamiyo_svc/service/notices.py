@@ -1,15 +1,22 @@
-"""What is said and heard beside packets: events of the replica, safety sheets, alarms."""
+"""What is said and heard beside packets: events of the replica, safety sheets, alarms.
+
+One replica reads each message; what concerns all of them goes through the bulletin, from which
+every replica, this one included, takes it.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 import structlog
+from google.protobuf.message import Message
 
 from tamiyo_svc.adapters.metrics import Metrics
+from tamiyo_svc.adapters.oona.bulletin import Bulletin
 from tamiyo_svc.adapters.oona.commit import Commit, Committer, Output, RunWrite
 from tamiyo_svc.adapters.oona.entries import Entry
 from tamiyo_svc.adapters.oona.health import BusHealth
@@ -18,17 +25,26 @@ from tamiyo_svc.adapters.oona.run_store import RunStore
 from tamiyo_svc.adapters.urza import UrzaCatalog
 from tamiyo_svc.decision.record import severity_of
 from tamiyo_svc.decision.telemetry import build_notice
-from tamiyo_svc.errors import BusError, CommitConflictError, DuplicateEntryError
+from tamiyo_svc.errors import (
+    BusError,
+    CommitConflictError,
+    DuplicateEntryError,
+    InvalidPacketError,
+)
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import parse_payload
-from tamiyo_svc.risk.events import FiredEvent
+from tamiyo_svc.risk.events import FiredEvent, number
 from tamiyo_svc.risk.mode import step_mode
+from tamiyo_svc.risk.safety_sheet import HANDLING_CLASSES, HAZARD_BANDS, PROVENANCES, UNKNOWN
 from tamiyo_svc.risk.signals import ROLLBACK_DEADLINE
-from tamiyo_svc.service.state import ReplicaState
+from tamiyo_svc.service.state import Emergency, ReplicaState
 from tamiyo_svc.service.telemetry import TelemetryDispatch
 from tamiyo_svc.taxonomy import Event, Severity
 
 log = structlog.get_logger("tamiyo.notices")
+
+_ALARMING: Final = leyline.EMERGENCY_LEVEL_CONSERVATIVE
+_ATTRIBUTE_CHARS: Final = 256
 
 
 class NoticeBoard:
@@ -53,9 +69,13 @@ class NoticeBoard:
         if not events:
             return
         self._outbox.put(self.output(events))
+        self.published(events)
+
+    def published(self, events: Sequence[FiredEvent]) -> None:
+        """Count and log events that are on the bus, or in the queue to it."""
         for event in events:
             self._metrics.event_reported(event.event, event.severity)
-            log.info("event.reported", reported=event.event.value, **event.attributes)
+            log.info("event.reported", reported=event.event.value, attributes=event.attributes)
 
     def publish_unreported(self) -> None:
         """Publish the transitions that no decision has told of."""
@@ -72,12 +92,37 @@ class NoticeBoard:
         return self._dispatch.output(notice, severity_of(tuple(events)))
 
 
+def check_fields(message: Message) -> None:
+    """See that times are times and levels are levels, which parsing alone does not.
+
+    Raises:
+        InvalidPacketError: one is not.
+    """
+    match message:
+        case leyline.BSDSIssued(bsds=sheet):
+            time_of = sheet.issued_at
+        case leyline.EmergencySignal(level=level, triggered_at=time_of):
+            if level not in leyline.EmergencyLevel.values():
+                raise InvalidPacketError(f"level {int(level)} is not in the contract")
+        case _:
+            return
+    try:
+        time_of.ToNanoseconds()
+    except ValueError as error:
+        raise InvalidPacketError(str(error)) from None
+
+
 class Inbox:
-    """Takes the messages on our streams that are not state packets."""
+    """Takes the messages on our streams that are not state packets.
+
+    An emergency for every run counts for as long as messages stay on the bus; runs that begin
+    later have nothing to do with it.
+    """
 
     def __init__(
         self,
         catalog: UrzaCatalog,
+        bulletin: Bulletin,
         committer: Committer,
         runs: RunStore,
         health: BusHealth,
@@ -85,8 +130,11 @@ class Inbox:
         replica: ReplicaState,
         run_ttl_s: float,
         cooldown_steps: int,
+        emergency_ttl_ms: float,
+        server_now_ms: Callable[[], float],
     ) -> None:
         self._catalog = catalog
+        self._bulletin = bulletin
         self._committer = committer
         self._runs = runs
         self._health = health
@@ -94,27 +142,76 @@ class Inbox:
         self._replica = replica
         self._run_ttl_ms = int(run_ttl_s * 1e3)
         self._cooldown_steps = cooldown_steps
+        self._emergency_ttl_ms = emergency_ttl_ms
+        self._server_now_ms = server_now_ms
+        self._catalog_change = b""
+        self._emergency_ms = 0
 
     async def take(self, entry: Entry, envelope: leyline.BusEnvelope) -> None:
-        """Act on one message and acknowledge it."""
-        match parse_payload(envelope):
-            case leyline.BSDSIssued(bsds=sheet):
-                self._catalog.add_sheet(sheet)
-                await self._settle(Commit([entry]))
-            case leyline.EmergencySignal() as signal if signal.run_id:
-                await self._alarm(entry, signal)
-            case leyline.EmergencySignal() as signal:
-                self._replica.alarm_all(signal)
-                await self._settle(Commit([entry]))
+        """Act on one message and acknowledge it.
+
+        Raises:
+            InvalidPacketError: a field holds what its type does not allow.
+        """
+        bulletin, added_ms = self._bulletin, entry.added_ms
+        message = parse_payload(envelope)
+        check_fields(message)
+        match message:
+            case leyline.BSDSIssued(bsds=sheet) if sheet.blueprint_id:
+                if not sheet.HasField("issued_at"):
+                    sheet.issued_at.FromMilliseconds(added_ms)
+                await self._share(lambda: bulletin.post_sheet(sheet))
+                await self._settle(entry, sheet_event(sheet))
+            case leyline.BSDSFailed() as failed:
+                await self._share(lambda: bulletin.post_catalog_change(added_ms))
+                attributes = {"blueprint_id": failed.blueprint_id, "reason": failed.reason}
+                await self._settle(entry, _event(Event.BSDS_FAILED, Severity.WARNING, attributes))
+            case leyline.KernelCatalogUpdate() as update:
+                await self._share(lambda: bulletin.post_catalog_change(added_ms))
+                attributes = {"blueprint_id": update.blueprint_id}
+                await self._settle(entry, _event(Event.CATALOG_UPDATED, Severity.INFO, attributes))
+            case leyline.EmergencySignal(level=level) as signal if level >= _ALARMING:
+                if signal.run_id:
+                    await self._alarm(entry, signal)
+                else:
+                    await self._share(lambda: bulletin.post_emergency(signal, added_ms))
+                    await self._settle(entry, alarm_event(signal))
             case _:
+                await self._settle(entry)
+
+    async def refresh(self) -> None:
+        """Take what is new in the bulletin.
+
+        Raises:
+            BusError: Redis did not answer.
+        """
+        edition = await self._bulletin.read()
+        if edition is not None:
+            self._catalog.add_sheets(edition.sheets)
+            if edition.catalog != self._catalog_change:
+                self._catalog_change = edition.catalog
                 self._catalog.announce()
-                await self._settle(Commit([entry]))
+            signal = edition.emergency
+            self._replica.emergency = Emergency.of(signal) if signal is not None else None
+            self._emergency_ms = edition.emergency_ms
+        age_ms = self._server_now_ms() - self._emergency_ms
+        if self._replica.emergency is not None and age_ms > self._emergency_ttl_ms:
+            self._replica.emergency = None
+
+    async def _share(self, post: Callable[[], Awaitable[None]]) -> None:
+        """Post something for every replica and take it here at once."""
+        while True:
+            await self._health.wait_up()
+            try:
+                await post()
+                await self.refresh()
+            except BusError as error:
+                self._health.failed(error)
+            else:
+                return
 
     async def _alarm(self, entry: Entry, signal: leyline.EmergencySignal) -> None:
         """Turn one run conservative, for good even if this process dies right after."""
-        if signal.level < leyline.EMERGENCY_LEVEL_CONSERVATIVE:
-            await self._settle(Commit([entry]))
-            return
         event = alarm_event(signal)
         while True:
             await self._health.wait_up()
@@ -141,19 +238,23 @@ class Inbox:
                 self._health.failed(error)
                 continue
             self._runs.remember(signal.run_id, version + 1, after)
+            self._board.published(events)
             log.warning("run.alarmed", run_id=signal.run_id, reason=signal.reason)
             return
 
-    async def _settle(self, commit: Commit) -> None:
+    async def _settle(self, entry: Entry, *events: FiredEvent) -> None:
+        """Acknowledge a message and tell of it in one step."""
+        outputs = [self._board.output(events)] if events else []
         while True:
             await self._health.wait_up()
             try:
-                await self._committer.commit(commit)
+                await self._committer.commit(Commit([entry], outputs))
             except DuplicateEntryError:
                 return
             except BusError as error:
                 self._health.failed(error)
                 continue
+            self._board.published(events)
             return
 
 
@@ -166,5 +267,24 @@ def alarm_event(signal: leyline.EmergencySignal) -> FiredEvent:
         "reason": signal.reason,
         "origin": signal.origin,
         "level": leyline.EmergencyLevel.Name(signal.level),
+        "run_id": signal.run_id,
     }
-    return FiredEvent(event, Severity.CRITICAL, attributes)
+    return _event(event, Severity.CRITICAL, attributes)
+
+
+def sheet_event(sheet: leyline.BSDS) -> FiredEvent:
+    """The event of a safety sheet that came over the bus."""
+    attributes = {
+        "blueprint_id": sheet.blueprint_id,
+        "hazard_band": HAZARD_BANDS.get(sheet.hazard_band, UNKNOWN),
+        "handling_class": HANDLING_CLASSES.get(sheet.handling_class, UNKNOWN),
+        "risk": number(sheet.risk_score),
+        "provenance": PROVENANCES.get(sheet.provenance, UNKNOWN),
+    }
+    return _event(Event.BSDS_ISSUED, Severity.INFO, attributes)
+
+
+def _event(event: Event, severity: Severity, attributes: Mapping[str, str]) -> FiredEvent:
+    """An event whose attributes are bounded, whoever wrote them."""
+    bounded = {name: value[:_ATTRIBUTE_CHARS] for name, value in attributes.items()}
+    return FiredEvent(event, severity, bounded)

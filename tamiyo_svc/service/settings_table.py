@@ -272,6 +272,11 @@ class SettingsTable(BaseSettings):
     weight_dtype: WeightDtype = _device(
         "TAMIYO_WEIGHT_DTYPE", WeightDtype.FP32, "Number format of the served weights."
     )
+    keep_warm: bool = _device(
+        "TAMIYO_KEEP_WARM",
+        default=False,
+        description="Read the weights into the caches just before the next packet is expected.",
+    )
     max_batch: int = _device(
         "TAMIYO_MAX_BATCH", 64, "Most packets in one inference.", unit="packets", ge=1, le=1024
     )
@@ -290,7 +295,8 @@ class SettingsTable(BaseSettings):
     verify_updates: bool = _policy(
         "TAMIYO_VERIFY_UPDATES",
         default=True,
-        description="Check signature, age and order of policy updates; loading is safe either way.",
+        description="Check age, order and architecture label of policy updates; "
+        "signatures are checked and loading is safe either way.",
     )
     update_freshness_s: float = _policy(
         "TAMIYO_UPDATE_FRESHNESS_SEC",
@@ -305,6 +311,13 @@ class SettingsTable(BaseSettings):
         "Decisions during which a new policy may be rolled back.",
         unit="decisions",
         ge=0,
+    )
+    policy_probation_failures: int = _policy(
+        "TAMIYO_POLICY_PROBATION_FAILURES",
+        10,
+        "Failed or late inferences that roll it back; so do as many in a row as open the breaker.",
+        unit="inferences",
+        ge=1,
     )
 
     max_layers: int = _count("TAMIYO_MAX_LAYERS", 64, "Most layers in a graph.")
@@ -527,4 +540,12 @@ class SettingsTable(BaseSettings):
     )
     log_format: LogFormat = _operation(
         "TAMIYO_LOG_FORMAT", LogFormat.AUTO, "Auto is console on a terminal, JSON elsewhere."
+    )
+    otlp_endpoint: str | None = _operation(
+        "TAMIYO_OTLP_ENDPOINT",
+        None,
+        "Spans are sent here as OTLP over HTTP; needs the extra `otel`.",
+        unset="spans stay in the telemetry",
+        takes="an http:// or https:// URL, path included",
+        pattern=r"^https?://\S+$",
     )

@@ -1,161 +1,31 @@
-"""Applies a verified command to the training run, or refuses it and says why."""
+"""Applies commands to this trainer's learner and its seeds."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final
+from torch import nn
 
-from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.trainer.blending import read_mixing, read_schedule
+from tamiyo_svc.client.seeds import executor
+from tamiyo_svc.client.seeds.lifecycle import Seed
 from tamiyo_svc.trainer.blueprints import BLUEPRINTS, build_seed
 from tamiyo_svc.trainer.data import Samples
-from tamiyo_svc.trainer.gates import GateFacts, GateFailure, check_gate
 from tamiyo_svc.trainer.learner import OPTIMIZER_FAMILY, Learner, measure_impact
-from tamiyo_svc.trainer.seeds import (
-    BLENDING,
-    CULLED,
-    DORMANT,
-    GERMINATED,
-    PROBATIONARY,
-    SHADOWING,
-    TRAINING,
-    TRANSITIONS,
-    Seed,
-)
-
-_PATIENCE_STEPS: Final = 120
-"""A seed that has trained this long and still does not help never will."""
 
 
-class Refusal(StrEnum):
-    """Why a command was not applied."""
-
-    GATE = "gate"
-    BREAKER_OPEN = "breaker_open"
-    ILLEGAL_TRANSITION = "illegal_transition"
-    UNKNOWN_SEED = "unknown_seed"
-    UNKNOWN_BLUEPRINT = "unknown_blueprint"
-    UNKNOWN_OPTIMIZER = "unknown_optimizer"
-    INVALID_PARAMETER = "invalid_parameter"
-    UNSUPPORTED = "unsupported"
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """What became of a command: applied when `refusal` is None; `gate` says which check failed."""
-
-    refusal: Refusal | None = None
-    gate: GateFailure | None = None
-    advances_blend: bool = True
-
-
-APPLIED: Final = Execution()
-PAUSED: Final = Execution(advances_blend=False)
-
-
-class CommandExecutor:
-    """Changes seeds and learning rate on command; holds the state of the run's circuit breaker."""
+class CommandExecutor(executor.CommandExecutor):
+    """The executor of the digits trainer; impact is measured on the validation set."""
 
     def __init__(
         self, learner: Learner, validation: Samples, blend_steps: int, random_seed: int
     ) -> None:
-        self._learner = learner
-        self._validation = validation
-        self._blend_steps = blend_steps
-        self._random_seed = random_seed
-        self.breaker: leyline.CircuitBreakerState = leyline.CIRCUIT_STATE_CLOSED
+        def build(seed: Seed, blueprint_id: str) -> nn.Module:
+            return build_seed(blueprint_id, seed.slot.channels, random_seed + seed.index)
 
-    def apply(self, command: leyline.AdaptationCommand, epoch: int) -> Execution:
-        """Apply one command in the given epoch (from 1)."""
-        kind = command.command_type
-        payload = command.WhichOneof("payload")
-        if kind == leyline.COMMAND_PAUSE:
-            return PAUSED
-        if kind == leyline.COMMAND_SEED and payload == "seed_operation":
-            return self._operate(command, epoch)
-        if kind == leyline.COMMAND_OPTIMIZER and payload == "optimizer_adjustment":
-            return self._adjust(command.optimizer_adjustment)
-        if kind == leyline.COMMAND_CIRCUIT_BREAKER and payload == "circuit_breaker":
-            return self._switch(command.circuit_breaker.desired_state)
-        return Execution(Refusal.UNSUPPORTED)
-
-    def _switch(self, desired: leyline.CircuitBreakerState) -> Execution:
-        if desired == leyline.CIRCUIT_STATE_UNKNOWN:
-            return Execution(Refusal.INVALID_PARAMETER)
-        self.breaker = desired
-        return APPLIED
-
-    def _adjust(self, adjustment: leyline.CommandOptimizerAdjustment) -> Execution:
-        if adjustment.optimizer_id not in ("", OPTIMIZER_FAMILY):
-            return Execution(Refusal.UNKNOWN_OPTIMIZER)
-        delta = adjustment.hyperparameters.get("lr_delta", 0.0)
-        if not math.isfinite(delta):
-            return Execution(Refusal.INVALID_PARAMETER)
-        self._learner.change_learning_rate(delta)
-        return APPLIED
-
-    def _operate(self, command: leyline.AdaptationCommand, epoch: int) -> Execution:
-        if self.breaker == leyline.CIRCUIT_STATE_OPEN:
-            return Execution(Refusal.BREAKER_OPEN)
-        seed = next((s for s in self._learner.seeds if s.seed_id == command.target_seed_id), None)
-        if seed is None:
-            return Execution(Refusal.UNKNOWN_SEED)
-        operation = command.seed_operation.operation
-        target = TRANSITIONS.get((seed.stage, operation))
-        if target is None:
-            return Execution(Refusal.ILLEGAL_TRANSITION)
-        blueprint_id = command.seed_operation.blueprint_id
-        if target == GERMINATED and blueprint_id not in BLUEPRINTS:
-            return Execution(Refusal.UNKNOWN_BLUEPRINT)
-        failure = check_gate(operation, self._facts(seed))
-        if failure is not None:
-            if failure is GateFailure.NOT_HELPING and _is_final(seed):
-                seed.remove(CULLED)
-            return Execution(Refusal.GATE, failure)
-        self._move(seed, target, command, epoch)
-        return APPLIED
-
-    def _move(
-        self,
-        seed: Seed,
-        target: leyline.SeedLifecycleStage,
-        command: leyline.AdaptationCommand,
-        epoch: int,
-    ) -> None:
-        if target == GERMINATED:
-            blueprint_id = command.seed_operation.blueprint_id
-            module = build_seed(blueprint_id, seed.slot.channels, self._random_seed + seed.index)
-            seed.germinate(blueprint_id, module, self._learner.learning_rate, epoch)
-        elif target == BLENDING:
-            seed.start_blending(
-                read_schedule(command.seed_operation.parameters, self._blend_steps),
-                read_mixing(command.annotations, seed.slot.channels),
-            )
-        elif target in (CULLED, DORMANT):
-            seed.remove(target)
-        elif target == TRAINING and seed.stage == BLENDING:
-            seed.stop_blending()
-        else:
-            seed.enter(target)
-
-    def _facts(self, seed: Seed) -> GateFacts:
-        def impact() -> float:
-            seed.impact = measure_impact(self._learner.network, seed, self._validation)
-            return seed.impact
-
-        return GateFacts(
-            steps_in_stage=seed.steps_in_stage,
-            gradient_norm_finite=math.isfinite(seed.gradient_norm),
-            loss_fast=seed.loss_fast,
-            loss_slow=seed.loss_slow,
-            alpha=seed.slot.alpha,
-            impact=impact,
+        super().__init__(
+            learner.seeds,
+            learner,
+            blueprint_ids=BLUEPRINTS,
+            build=build,
+            impact=lambda seed: measure_impact(learner.network, seed, validation),
+            optimizer_ids=(OPTIMIZER_FAMILY,),
+            blend_steps=blend_steps,
         )
-
-
-def _is_final(seed: Seed) -> bool:
-    return seed.stage in (SHADOWING, PROBATIONARY) or (
-        seed.stage == TRAINING and seed.steps_in_stage >= _PATIENCE_STEPS
-    )

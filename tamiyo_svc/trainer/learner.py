@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tamiyo_svc.client.seeds.lifecycle import JOINED, TRAINING, Seed
 from tamiyo_svc.trainer.data import Samples
 from tamiyo_svc.trainer.network import HostNetwork
-from tamiyo_svc.trainer.seeds import JOINED, TRAINING, Seed
 
 OPTIMIZER_FAMILY: Final = "adamw"
 _WEIGHT_DECAY: Final = 1e-3

@@ -12,35 +12,41 @@ import psutil
 import torch
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from tamiyo_svc.client.client import ClientCounters
+from tamiyo_svc.client.exchange import ClientCounters
+from tamiyo_svc.client.seeds.executor import Execution
+from tamiyo_svc.client.seeds.lifecycle import CULLED, DORMANT, FOSSILIZED, Seed
 from tamiyo_svc.client.verification import VerifiedCommand
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.trainer.blueprints import BLUEPRINTS
 from tamiyo_svc.trainer.data import Samples, load
-from tamiyo_svc.trainer.executor import CommandExecutor, Execution
+from tamiyo_svc.trainer.executor import CommandExecutor
 from tamiyo_svc.trainer.learner import Learner, StepResult, evaluate
 from tamiyo_svc.trainer.metrics import Timings, TrainingMeters
 from tamiyo_svc.trainer.network import CHANNELS, HostNetwork
 from tamiyo_svc.trainer.packets import build_packet
 from tamiyo_svc.trainer.records import RunSummary, SeedView, StepOutcome, StepRecord
-from tamiyo_svc.trainer.seeds import CULLED, DORMANT, FOSSILIZED, Seed
 
 _GIB: Final = 1 << 30
+_FLUSH_S: Final = 1.0
 
 
 class CommandSource(Protocol):
     """What the loop needs of a client; `TamiyoClient` is one."""
 
     run_id: str
-    counters: ClientCounters
 
-    def publish(
+    @property
+    def counters(self) -> ClientCounters: ...
+
+    def publish_packet(
         self, packet: leyline.SystemStatePacket, *, blueprint_ids: tuple[str, ...] = ()
     ) -> bool: ...
 
-    def wait(self, packet_id: str, timeout_s: float) -> VerifiedCommand | None: ...
+    def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None: ...
 
     def poll(self) -> VerifiedCommand | None: ...
+
+    def flush(self, timeout_s: float) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,8 @@ class Trainer:
         started_s = self._clock()
         for _ in self.steps():
             pass
-        # What arrived after the last wait would otherwise go uncounted.
+        # What left or arrived after the last wait would otherwise go uncounted.
+        self._client.flush(_FLUSH_S)
         self._client.poll()
         return self._summary(self._clock() - started_s)
 
@@ -137,8 +144,8 @@ class Trainer:
         hook_s = self._clock()
         packet = self._packet(result, epoch, validation_loss, accuracy)
         published_s = self._clock()
-        self._client.publish(packet, blueprint_ids=self._wanted_blueprints())
-        verified = self._client.wait(packet.packet_id, self.settings.command_budget_s)
+        self._client.publish_packet(packet, blueprint_ids=self._wanted_blueprints())
+        verified = self._client.wait(self._step, self.settings.command_budget_s)
         latency_ms = self._since_ms(published_s)
         command = verified.command if verified is not None else None
         execution = self._apply(command, epoch)
@@ -246,7 +253,7 @@ class Trainer:
         return tuple(
             SeedView(
                 seed.seed_id,
-                leyline.SeedLifecycleStage.Name(seed.stage).removeprefix("SEED_STAGE_"),
+                seed.stage_name,
                 seed.slot.alpha,
                 seed.blueprint_id,
             )

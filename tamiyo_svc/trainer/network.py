@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from tamiyo_svc.trainer.blending import CONVEX, Mixing
+from tamiyo_svc.client.seeds.blending import CONVEX, Mixing
 from tamiyo_svc.trainer.data import CLASSES
 
 CHANNELS: Final = (12, 24, 24)
@@ -26,6 +26,7 @@ class SeedSlot(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
+        self.channel_dim = 1
         self.alpha = 0.0
         self.mixing: Mixing = CONVEX
         self.seed: nn.Module | None = None

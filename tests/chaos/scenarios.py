@@ -29,9 +29,11 @@ from support.replica import Replica
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.client.client import TamiyoClient
+from tamiyo_svc.errors import InvalidPacketError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import SignedEnvelope, open_envelope, parse_payload, seal
 from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.service.notices import check_fields
 
 KEYRING = Keyring(SECRET.encode())
 RECOVERY_LIMIT_S = 5.0
@@ -309,8 +311,8 @@ def disturb_network(times: int) -> Figures:
             for step in range(20):
                 packet = state_packet("waiting", 100 * number + step)
                 started = time.perf_counter()
-                trainer.publish(packet)
-                trainer.wait(packet.packet_id, budget_s)
+                trainer.publish_packet(packet)
+                trainer.wait(packet.global_step, budget_s)
                 waits_ms.append((time.perf_counter() - started) * 1e3)
             proxy.silent = False
             proxy.delay_s = proxy.stall_share = 0.0
@@ -421,8 +423,8 @@ def shift_clocks(times: int) -> Figures:
                     packet = state_packet(run_id, step)
                     if not service_off:
                         packet.timestamp_ns += int(offset_s * 1e9)
-                    trainer.publish(packet)
-                    trainer.wait(packet.packet_id, 0.2)
+                    trainer.publish_packet(packet)
+                    trainer.wait(packet.global_step, 0.2)
                 verified += trainer.counters.received
                 refused += trainer.counters.rejected.total()
             load.stop()
@@ -615,7 +617,8 @@ def _acceptable(payload: bytes, signature: str) -> bool:
         if envelope.message_type in _UNPARSED:
             return True
         message = parse_payload(envelope)
-    except ValueError:
+        check_fields(message)
+    except (ValueError, InvalidPacketError):
         return False
     return not isinstance(message, leyline.SystemStatePacket) or bool(message.training_run_id)
 

@@ -17,7 +17,12 @@ from tamiyo_svc.adapters.oona.commit import Commit, Committer, Output, RunWrite,
 from tamiyo_svc.adapters.oona.connection import ServerClock, client
 from tamiyo_svc.adapters.oona.consumer import GroupLostError, StreamConsumer
 from tamiyo_svc.adapters.oona.entries import Entry
-from tamiyo_svc.errors import BusError, CommitConflictError, DuplicateEntryError
+from tamiyo_svc.errors import (
+    BusError,
+    CommitConflictError,
+    CommitRefusedError,
+    DuplicateEntryError,
+)
 
 pytestmark = pytest.mark.redis
 
@@ -225,7 +230,7 @@ async def test_failed_output_leaves_no_trace_and_the_entry_pending(bus: Bus) -> 
     await bus.redis.set("out.command", "not a stream")
     await bus.publish("one")
     entries = await bus.consumer.read(5, 10)
-    with pytest.raises(BusError, match="WRONGTYPE"):
+    with pytest.raises(CommitRefusedError, match="WRONGTYPE"):
         await bus.committer.commit(decision(entries))
     assert await bus.texts("out.telemetry") == []
     assert await bus.committer.load_run("run") == (0, None)
@@ -246,6 +251,23 @@ async def test_commit_out_of_memory_leaves_the_entry_pending(bus: Bus) -> None:
     assert await bus.texts("out.telemetry") == []
     await bus.committer.commit(decision(entries))
     assert await bus.texts("out.command") == [b"command"]
+
+
+async def test_key_of_another_kind_is_no_run_state(bus: Bus) -> None:
+    await bus.redis.set(run_key("run"), "not a run state")
+    with pytest.raises(CommitRefusedError, match="WRONGTYPE"):
+        await bus.committer.load_run("run")
+
+
+async def test_read_only_server_is_a_bus_error(bus: Bus) -> None:
+    await bus.publish("one")
+    entries = await bus.consumer.read(5, 10)
+    await bus.redis.replicaof("127.0.0.1", "1")
+    try:
+        with pytest.raises(BusError, match=r"(?i)read.?only"):
+            await bus.committer.commit(decision(entries))
+    finally:
+        await bus.redis.replicaof("NO", "ONE")
 
 
 async def test_commit_after_the_group_was_lost_is_a_duplicate(bus: Bus) -> None:

@@ -222,6 +222,36 @@ async def test_refused_vector_is_a_dead_letter_and_the_next_packet_is_decided(
     assert pending["pending"] <= 3  # our own outputs may still be on their way past us
 
 
+async def test_packet_whose_answer_is_refused_is_a_dead_letter_and_stops_nobody(
+    bus: Bus, start_service: StartService
+) -> None:
+    running = await start_service()
+    await bus.redis.set("oona.commands.run-1", "not a stream")
+    await bus.redis.set("tamiyo:run:run-2", "not a run state")
+    await bus.publish(state_packet("run-1", 1), reply_to="oona.commands.run-1")
+    await bus.publish(state_packet("run-2", 1))
+    good = state_packet("run-3", 1)
+    await bus.publish(good)
+    await bus.command_for(good)
+    assert await settled(bus, running, 3) == {"decided": 1, "dead_lettered": 2}
+    assert await bus.telemetry("oona.emergency") == []
+
+
+async def test_messages_with_impossible_fields_are_dead_letters(
+    bus: Bus, start_service: StartService
+) -> None:
+    running = await start_service()
+    sheet = leyline.BSDSIssued(bsds=leyline.BSDS(blueprint_id="demo-safe", risk_score=0.5))
+    sheet.bsds.issued_at.nanos = 2_000_000_000
+    await bus.publish(sheet)
+    signal = leyline.EmergencySignal(run_id="run-1")
+    signal.level = 77  # type: ignore[assignment]
+    await bus.publish(signal, "oona.emergency")
+    assert await settled(bus, running, 2) == {"dead_lettered": 2}
+    letters: Any = await bus.redis.xrange("oona.dead")
+    assert {fields[b"dead.reason"] for _, fields in letters} == {b"invalid_field"}
+
+
 async def test_oversized_and_unnamed_packets_are_dead_letters(
     bus: Bus, start_service: StartService
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from redis import Redis
 
 from tamiyo_svc.client.client import TamiyoClient
+from tamiyo_svc.client.seeds.lifecycle import TRANSITIONS
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import SignedEnvelope, open_envelope, parse_payload, seal
 from tamiyo_svc.leyline.signing import Keyring
@@ -21,7 +22,6 @@ from tamiyo_svc.taxonomy import CommandRejection
 from tamiyo_svc.trainer.loop import Trainer, TrainerSettings
 from tamiyo_svc.trainer.records import StepOutcome, StepRecord
 from tamiyo_svc.trainer.report import write_report
-from tamiyo_svc.trainer.seeds import TRANSITIONS
 
 pytestmark = pytest.mark.redis
 

@@ -1,4 +1,4 @@
-"""Literal decisions for the tests of this folder."""
+"""Literal decisions."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ PROPOSAL = Proposal(
     blueprint_index=0,
     blueprint_score=0.7,
     blueprint_scores=(0.7,),
+    blueprint_ids=("bp-1",),
     coverage=Coverage(mean=0.875, by_key={"seed.risk": 1.0}, by_family={"node.seed": 0.75}),
     truncated={},
     skipped_metadata=0,

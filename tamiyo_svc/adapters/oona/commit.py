@@ -5,15 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from tamiyo_svc.adapters.oona.connection import OUTAGE_ERRORS
 from tamiyo_svc.adapters.oona.entries import Entry
-from tamiyo_svc.errors import BusError, CommitConflictError, DuplicateEntryError
+from tamiyo_svc.errors import (
+    BusError,
+    CommitConflictError,
+    CommitRefusedError,
+    DuplicateEntryError,
+    TamiyoError,
+)
 from tamiyo_svc.leyline.envelope import SignedEnvelope
+
+_SERVER_TROUBLES: Final = (
+    *("OOM", "command not allowed when used memory", "READONLY", "You can't write against a read"),
+    *(
+        "MISCONF",
+        "NOREPLICAS",
+        "LOADING",
+        "MASTERDOWN",
+        "CLUSTERDOWN",
+        "TRYAGAIN",
+        "BUSY",
+        "NOAUTH",
+    ),
+    *("NOPERM", "Redis is loading", "max number of clients"),
+)
+"""Signs of a refusal that concerns the whole server.
+
+redis-py strips the codes it knows, and Redis 6.2 puts the script's line before them.
+"""
 
 _SCRIPT = resources.files(__package__).joinpath("commit.lua").read_text(encoding="utf-8")
 
@@ -73,7 +98,8 @@ class Committer:
         Raises:
             CommitConflictError: the run state moved on; nothing was written.
             DuplicateEntryError: the first entry is not pending any more; nothing was written.
-            BusError: no answer, so whether it was applied is unknown, or Redis refused it.
+            BusError: no answer, so whether it was applied is unknown, or Redis takes no writes.
+            CommitRefusedError: Redis refuses this commit and would take others.
         """
         keys, arguments = _arguments(commit, self._group)
         try:
@@ -81,7 +107,7 @@ class Committer:
         except OUTAGE_ERRORS as error:
             raise BusError(f"commit: {error!r}") from error
         except RedisError as error:
-            raise BusError(f"commit refused: {error}") from error
+            raise _refusal("commit", error) from error
         status = reply[0]
         if status == b"CONFLICT":
             raise CommitConflictError(commit.run.run_id if commit.run else "")
@@ -94,14 +120,22 @@ class Committer:
 
         Raises:
             BusError: Redis did not answer.
+            CommitRefusedError: the key does not hold a run state.
         """
         try:
             version, state = await self._redis.hmget(run_key(run_id), ["version", "state"])
         except OUTAGE_ERRORS as error:
             raise BusError(f"run state: {error!r}") from error
         except RedisError as error:
-            raise BusError(f"run state refused: {error}") from error
+            raise _refusal("run state", error) from error
         return (0, None) if version is None else (int(version), cast("bytes", state))
+
+
+def _refusal(what: str, error: RedisError) -> TamiyoError:
+    """The server's own troubles pass; a key of the wrong kind stays what it is."""
+    if any(trouble in str(error) for trouble in _SERVER_TROUBLES):
+        return BusError(f"{what} refused: {error}")
+    return CommitRefusedError(f"{what} refused: {error}")
 
 
 def _arguments(commit: Commit, group: str) -> tuple[list[str], list[Any]]:

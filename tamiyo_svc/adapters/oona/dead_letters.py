@@ -23,6 +23,7 @@ def bury(entry: Entry, reason: DeadLetterReason, detail: str, dead_letter_stream
         "detail": detail[:_DETAIL_CHARS],
         "deliveries": str(entry.deliveries),
     }
-    fields = {f"{META_PREFIX}{name}".encode(): value.encode() for name, value in meta.items()}
-    fields.update(entry.fields)
+    ours = {f"{META_PREFIX}{name}".encode(): value.encode() for name, value in meta.items()}
+    # A publisher must not choose by a field of its own where a requeued letter goes.
+    fields = {**ours, **entry.fields, **ours}
     return Commit(acks=[entry], outputs=[Output(dead_letter_stream, fields)])

@@ -36,6 +36,7 @@ class BusHealth:
         self.reason: str | None = "not connected yet"
         self.seen_s: float | None = None
         self.on_change: Callable[[str | None], None] = lambda reason: None
+        self.on_probe_failed: Callable[[], None] = lambda: None
 
     def failed(self, error: BusError) -> None:
         """Note that an operation failed; everyone waits from now on."""
@@ -59,10 +60,11 @@ class BusHealth:
         while True:
             await self._down.wait()
             try:
-                await self._probe()
+                await self.check_writes()
                 await self._restore()
             except BusError as error:
                 self.reason = str(error)
+                self.on_probe_failed()
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
                 delay_s = min(_MAX_DELAY_S, 2 * delay_s)
                 continue
@@ -73,8 +75,12 @@ class BusHealth:
             self._up.set()
             self.on_change(None)
 
-    async def _probe(self) -> None:
-        """A write, because a server that is full or read-only still answers reads."""
+    async def check_writes(self) -> None:
+        """Write something small: a server that is full or read-only still answers reads.
+
+        Raises:
+            BusError: Redis did not take it.
+        """
         try:
             await self._redis.set(self._probe_key, b"1", px=_PROBE_TTL_MS)
         except (*OUTAGE_ERRORS, RedisError) as error:

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from tamiyo_svc.adapters.keep_warm import KeepWarm
 from tamiyo_svc.adapters.lane import DeviceLane
 from tamiyo_svc.errors import InferenceError, LaneBusyError
 
@@ -235,3 +236,79 @@ async def test_failing_warm_up_fails_the_start() -> None:
     with pytest.raises(ValueError, match="no device"):
         await lane.start()
     assert not lane.ready
+
+
+async def test_idle_lane_touches_all_weights_once_before_the_next_work_is_expected() -> None:
+    touched: list[int] = []
+    worker = GatedWorker()
+    warm = KeepWarm(lambda part, parts: touched.append(part), parts=3, lead_s=10.0)
+    lane: DeviceLane[int, int] = DeviceLane(lambda: worker, keep_warm=warm)
+    await lane.start()
+    for _ in range(2):
+        await lane.submit(1, far())
+        await asyncio.sleep(0.006)
+
+    await until(lambda: len(touched) >= 3)
+    assert await lane.submit(2, far()) == 4
+    assert touched[:3] == [0, 1, 2]
+    await lane.close()
+
+
+async def test_touching_is_given_up_as_soon_as_work_arrives() -> None:
+    touching, go_on = threading.Event(), threading.Event()
+    touched: list[int] = []
+    touched_before: list[list[int]] = []
+
+    class Watching(GatedWorker):
+        def evaluate(self, requests: Sequence[int]) -> list[int | InferenceError]:
+            touched_before.append(touched[:])
+            return super().evaluate(requests)
+
+    def touch(part: int, parts: int) -> None:
+        touched.append(part)
+        touching.set()
+        go_on.wait(FAR_S)
+
+    warm = KeepWarm(touch, parts=100, lead_s=10.0)
+    warm.arrived(time.perf_counter() - 0.02)
+    lane: DeviceLane[int, int] = DeviceLane(Watching, keep_warm=warm)
+    await lane.start()
+    await lane.submit(1, far())
+    await asyncio.to_thread(touching.wait)
+    answer = asyncio.create_task(lane.submit(2, far()))
+    await asyncio.sleep(0)
+    go_on.set()
+
+    assert await answer == 4
+    await lane.close()
+    # The first work may itself have come while the weights were touched for it.
+    assert touched_before[1] == [*touched_before[0], 0]
+
+
+async def test_a_batch_holds_no_more_than_can_be_done_by_its_first_deadline() -> None:
+    now_s = 0.0
+
+    class Slow(GatedWorker):
+        def evaluate(self, requests: Sequence[int]) -> list[int | InferenceError]:
+            nonlocal now_s
+            results = super().evaluate(requests)
+            now_s += 100.0 * len(requests)
+            return results
+
+    worker = Slow()
+    lane: DeviceLane[int, int] = DeviceLane(lambda: worker, clock=lambda: now_s)
+    await lane.start()
+    # Long enough for the average to know what a request takes.
+    for _ in range(30):
+        await lane.submit(1, now_s + 1e4)
+    first = asyncio.create_task(lane.submit(-1, now_s + 1e4))
+    await asyncio.to_thread(worker.entered.wait)
+    deadline_s = now_s + 100.0 + 350.0
+    rest = [asyncio.create_task(lane.submit(number, deadline_s)) for number in range(2, 7)]
+    await asyncio.sleep(0)
+    worker.gate.set()
+
+    await asyncio.gather(first, *rest)
+    await lane.close()
+
+    assert worker.batches[31] == [2, 3, 4]

@@ -48,6 +48,9 @@ DOCUMENTED = {
     "tamiyo_emergency_rate_limited_total": set(),
     "tamiyo_breaker_state": {"breaker"},
     "tamiyo_conservative_runs": set(),
+    "tamiyo_catalog_blueprints": set(),
+    "tamiyo_catalog_degraded": set(),
+    "tamiyo_catalog_skipped_entries": {"part"},
     "tamiyo_policy_info": {"policy_id", "version", "digest"},
     "tamiyo_policy_updates_total": {"outcome"},
     "tamiyo_gnn_compile_enabled": set(),
@@ -254,3 +257,14 @@ def test_two_instances_share_nothing() -> None:
     first, second = Metrics(), Metrics()
     first.late_result()
     assert value(second, "tamiyo_late_results_total") == 0
+
+
+def test_the_catalogue_is_exported_with_what_was_skipped() -> None:
+    metrics = Metrics()
+    metrics.catalog_state(7, {"row": 2, "bsds": 1}, degraded=True)
+    assert value(metrics, "tamiyo_catalog_blueprints") == 7
+    assert value(metrics, "tamiyo_catalog_degraded") == 1
+    assert value(metrics, "tamiyo_catalog_skipped_entries", part="row") == 2
+    metrics.catalog_state(9, {}, degraded=False)
+    assert value(metrics, "tamiyo_catalog_degraded") == 0
+    assert value(metrics, "tamiyo_catalog_skipped_entries", part="row") == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from support.decisions import BLUEPRINT, NOW_NS, PROPOSAL, RUNTIME, decide, pack
 
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.decision.record import Decision
-from tamiyo_svc.decision.telemetry import Timings, build_notice, build_telemetry
+from tamiyo_svc.decision.telemetry import MAX_SCORES, Timings, build_notice, build_telemetry
 from tamiyo_svc.decision.trace import Span
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.risk.breaker import Breaker
@@ -50,6 +51,9 @@ WITH_PROPOSAL = ALWAYS | {
     "tamiyo.selection.seed_index": "index",
     "tamiyo.selection.seed_score": "score",
     "tamiyo.selection.blueprint_index": "index",
+    "tamiyo.selection.blueprint_score": "score",
+    "tamiyo.policy.proposed": "probability",
+    "tamiyo.policy.runner_up": "probability",
     "tamiyo.blueprint.risk": "ratio",
 }
 
@@ -171,6 +175,7 @@ def test_indicators() -> None:
         "timeout_budget_ms": "5.0",
         "metadata_timeout_budget_ms": "10.0",
         "blending_method": "cosine",
+        "command": "seed",
         "device": "cpu",
         "replica": "replica-a",
     }
@@ -264,3 +269,27 @@ def test_a_notice_speaks_for_events_without_a_decision() -> None:
         "policy_update_rejected",
     ]
     assert dict(notice.events[1].attributes) == {"reason": "stale_update"}
+
+
+def test_choices_are_told_with_names_and_runner_up() -> None:
+    told = {metric.name: metric for metric in built(decide()).metrics}
+    proposed, runner_up = told["tamiyo.policy.proposed"], told["tamiyo.policy.runner_up"]
+    assert (proposed.attributes["action"], round(proposed.value, 6)) == ("seed", 0.6)
+    assert (runner_up.attributes["action"], round(runner_up.value, 6)) == ("optimizer", 0.2)
+    seed = told["tamiyo.selection.seed_score"]
+    assert dict(seed.attributes) == {"seed_id": "seed-0", "scores": '[["seed-0",1.5]]'}
+    blueprint = told["tamiyo.selection.blueprint_score"]
+    assert dict(blueprint.attributes) == {"blueprint_id": "bp-1", "scores": '[["bp-1",0.7]]'}
+
+
+def test_only_the_best_scores_are_told_and_long_names_are_cut() -> None:
+    many = packet(seeds=200)
+    for seed in many.seed_states:
+        seed.seed_id = seed.seed_id.ljust(300, "x")
+    scores = tuple(float(index) for index in range(200))
+    told = {
+        metric.name: metric for metric in built(decide(many, proposal(seed_scores=scores))).metrics
+    }
+    pairs = json.loads(told["tamiyo.selection.seed_score"].attributes["scores"])
+    assert [score for _, score in pairs] == [199.0 - index for index in range(MAX_SCORES)]
+    assert all(len(name) == 64 for name, _ in pairs)

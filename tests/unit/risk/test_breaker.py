@@ -14,6 +14,7 @@ from tamiyo_svc.risk.breaker import (
     BreakerPolicy,
     admit,
     record_failure,
+    record_recovery,
     record_success,
 )
 from tamiyo_svc.risk.events import FiredEvent
@@ -177,6 +178,12 @@ class BreakerMachine(RuleBasedStateMachine):
         if was_closed:
             expected = self.in_a_row >= POLICY.failures
             assert (self.breaker.state is BreakerState.OPEN) is expected
+
+    @rule()
+    def is_seen_to_work(self) -> None:
+        self.in_a_row = 0
+        self.take(*record_recovery(self.breaker, NAME))
+        assert self.breaker == CLOSED
 
     @precondition(lambda self: self.breaker.state is BreakerState.OPEN)
     @rule()

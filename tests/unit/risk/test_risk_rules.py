@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
@@ -565,6 +565,62 @@ def test_of_two_events_the_severe_one_explains_and_the_cautious_one_acts(
     for given in (one | other, other | one):
         verdict = assess(signals(**given), THRESHOLDS, SEED)  # type: ignore[arg-type]
         assert (verdict.reason, verdict.action) == (reason, action)
+
+
+def both(one: Signals, other: Signals) -> Signals | None:
+    """Signals on which both fire; None when the two ask for different values of one signal."""
+    quiet, changes = signals(), {}
+    for field in fields(Signals):
+        plain, first, second = (getattr(each, field.name) for each in (quiet, one, other))
+        if field.name == "inference" and plain not in (first, second):
+            first, second, plain = _merged_inference(first, second, plain)
+        if plain not in (first, second) and first != second:
+            return None
+        changes[field.name] = second if first == plain else first
+    return replace(quiet, **changes)
+
+
+def _merged_inference(
+    first: Inference, second: Inference, plain: Inference
+) -> tuple[Inference, Inference, Inference]:
+    """One inference with what both differ in, where they do not contradict each other."""
+    changes = {}
+    for field in fields(Inference):
+        usual, one, other = (getattr(each, field.name) for each in (plain, first, second))
+        if usual not in (one, other) and one != other:
+            return first, second, plain
+        changes[field.name] = other if one == usual else one
+    merged = replace(plain, **changes)
+    return merged, merged, plain
+
+
+@pytest.mark.parametrize("one", ROWS, ids=row_name)
+def test_of_any_two_events_the_severe_one_explains_and_the_cautious_one_acts(one: Row) -> None:
+    paired = 0
+    for other in ROWS:
+        joint = both(one.firing[-1], other.firing[-1])
+        if joint is None or one is other:
+            continue
+        for proposed in CommandAction:
+            verdict = assess(joint, THRESHOLDS, proposed)
+            if not {one.event, other.event} <= fired(verdict).keys():
+                continue
+            paired += 1
+            alone = [assess(row.firing[-1], THRESHOLDS, proposed) for row in (one, other)]
+            worst = max(event.severity for event in verdict.events)
+            assert verdict.action >= max(each.action for each in alone)
+            assert verdict.severity is worst
+            leading = verdict.leading
+            if worst > Severity.INFO:
+                assert leading is next(e for e in verdict.events if e.severity is worst)
+                first = next(
+                    rule
+                    for rule in RULES
+                    if (rule.event, rule.severity) == (leading.event, leading.severity)
+                )
+                assert verdict.reason == first.reason
+            assert verdict.conservative >= any(each.conservative for each in alone)
+    assert paired > len(ROWS)
 
 
 def test_the_conservative_reason_is_that_of_the_rule_that_asks_for_it() -> None:

@@ -11,19 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.trainer.blending import Schedule
-from tamiyo_svc.trainer.blueprints import BLUEPRINTS
-from tamiyo_svc.trainer.data import Samples
-from tamiyo_svc.trainer.executor import CommandExecutor, Execution, Refusal
-from tamiyo_svc.trainer.gates import GATES, GateFailure
-from tamiyo_svc.trainer.learner import (
-    MAX_LEARNING_RATE,
-    MIN_LEARNING_RATE,
-    Learner,
-)
-from tamiyo_svc.trainer.network import HostNetwork
-from tamiyo_svc.trainer.seeds import (
+from tamiyo_svc.client.seeds.blending import Schedule
+from tamiyo_svc.client.seeds.executor import Execution, Refusal
+from tamiyo_svc.client.seeds.gates import GATES, GateFailure
+from tamiyo_svc.client.seeds.lifecycle import (
     BLENDING,
     CULLED,
     DORMANT,
@@ -36,6 +27,16 @@ from tamiyo_svc.trainer.seeds import (
     TRANSITIONS,
     Seed,
 )
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.trainer.blueprints import BLUEPRINTS
+from tamiyo_svc.trainer.data import Samples
+from tamiyo_svc.trainer.executor import CommandExecutor
+from tamiyo_svc.trainer.learner import (
+    MAX_LEARNING_RATE,
+    MIN_LEARNING_RATE,
+    Learner,
+)
+from tamiyo_svc.trainer.network import HostNetwork
 
 torch.manual_seed(0)
 SAMPLES = Samples(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tamiyo_svc.client.seeds.blending import Mixing
 from tamiyo_svc.taxonomy import BlendMode
-from tamiyo_svc.trainer.blending import Mixing
 from tamiyo_svc.trainer.blueprints import BLUEPRINTS, build_seed
 from tamiyo_svc.trainer.network import CHANNELS, HostNetwork
 

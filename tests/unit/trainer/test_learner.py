@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from tamiyo_svc.client.seeds.lifecycle import BLENDING, TRAINING, Seed
 from tamiyo_svc.trainer.blueprints import build_seed
 from tamiyo_svc.trainer.data import Samples
 from tamiyo_svc.trainer.learner import Learner, evaluate, measure_impact
 from tamiyo_svc.trainer.network import HostNetwork
-from tamiyo_svc.trainer.seeds import BLENDING, TRAINING, Seed
 
 BATCH = Samples(
     torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(16) % 10

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tamiyo_svc.client.seeds.blending import CONVEX, Schedule
+from tamiyo_svc.client.seeds.lifecycle import Seed
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.trainer.blending import CONVEX, Schedule
 from tamiyo_svc.trainer.blueprints import BLUEPRINTS, build_seed
 from tamiyo_svc.trainer.network import SeedSlot
 from tamiyo_svc.trainer.packets import build_packet, seed_state
-from tamiyo_svc.trainer.seeds import Seed
 
 BLUEPRINT = "seed-depthwise-conv"
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tamiyo_svc.client.client import ClientCounters
+from tamiyo_svc.client.exchange import ClientCounters
+from tamiyo_svc.client.seeds.lifecycle import TRANSITIONS
 from tamiyo_svc.client.verification import VerifiedCommand
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.trainer.blueprints import BLUEPRINTS
 from tamiyo_svc.trainer.loop import Trainer, TrainerSettings
 from tamiyo_svc.trainer.records import StepOutcome, StepRecord
-from tamiyo_svc.trainer.seeds import TRANSITIONS
 
 Packet = leyline.SystemStatePacket
 Script = Callable[[Packet, tuple[str, ...]], leyline.AdaptationCommand | None]
@@ -35,24 +35,27 @@ class ScriptedSource:
         self.blueprints: list[tuple[str, ...]] = []
         self._script = script
 
-    def publish(self, packet: Packet, *, blueprint_ids: tuple[str, ...] = ()) -> bool:
+    def publish_packet(self, packet: Packet, *, blueprint_ids: tuple[str, ...] = ()) -> bool:
         self.packets.append(packet)
         self.blueprints.append(blueprint_ids)
         self.counters.published += 1
         return True
 
-    def wait(self, packet_id: str, timeout_s: float) -> VerifiedCommand | None:
+    def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None:
         packet = self.packets[-1]
-        assert packet.packet_id == packet_id
+        assert packet.global_step == step
         command = self._script(packet, self.blueprints[-1])
         if command is None:
             self.counters.missed += 1
             return None
         self.counters.received += 1
-        return VerifiedCommand(command, packet_id, packet.global_step)
+        return VerifiedCommand(command, packet.packet_id, step)
 
     def poll(self) -> VerifiedCommand | None:
         return None
+
+    def flush(self, timeout_s: float) -> bool:
+        return True
 
 
 def pause() -> leyline.AdaptationCommand:

@@ -1,0 +1,1 @@
+"""What the service costs, part by part; `tamiyo bench` measures the whole."""

@@ -1,0 +1,144 @@
+"""The policy stream: every replica reads every entry, one at a time, in no consumer group.
+
+An entry may hold 56 MB and more. Copying that would hold the interpreter for tens of
+milliseconds, so a separate process reads it; the clients here are synchronous.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from tamiyo_svc.adapters.oona.connection import CONNECT_TIMEOUT_S, OUTAGE_ERRORS
+from tamiyo_svc.adapters.oona.entries import Entry, id_order, read_entries
+from tamiyo_svc.errors import BusError
+from tamiyo_svc.leyline.envelope import SignedEnvelope
+
+FROM_THE_END: Final = "$"
+"""A cursor that means: only what comes from now on."""
+
+KEPT_UPDATES: Final = 8
+"""Entries the policy stream keeps; what a replica needs is among the newest few."""
+
+_READ_TIMEOUT_S: Final = 30.0
+_STATUS_PREFIX: Final = "tamiyo:policy:"
+STATUS_TTL_MS: Final = 15_000
+"""A replica that has not written its status for this long is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """Which policy one replica serves, as everybody may read it."""
+
+    replica: str
+    policy_id: str
+    version: str
+    digest: str
+    previous: str = ""
+    probation_left: int = 0
+    shadow: Mapping[str, str] | None = None
+
+
+def open_stream(redis_url: str) -> Redis:
+    """A synchronous client that waits long for a large entry and repeats nothing."""
+    keepalive = {} if redis_url.startswith("unix") else {"socket_keepalive": True}
+    return Redis.from_url(
+        redis_url,
+        protocol=2,
+        decode_responses=False,
+        socket_timeout=_READ_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=0,
+        **keepalive,
+    )
+
+
+def read_next(redis: Redis, stream: str, after: str, block_ms: int | None) -> Entry | None:
+    """The entry after an id, waiting up to `block_ms` for it; None does not wait.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    try:
+        reply = redis.xread({stream: after}, count=1, block=block_ms)
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"{stream}: {error!r}") from error
+    return next(read_entries(reply), None)
+
+
+def last_id(redis: Redis, stream: str) -> str:
+    """Id of the last entry the stream ever had, `0-0` when there is no stream.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    try:
+        if not redis.exists(stream):
+            return "0-0"
+        status: Any = redis.xinfo_stream(stream)
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"{stream}: {error!r}") from error
+    return str(status["last-generated-id"].decode())
+
+
+def start_cursor(redis: Redis, stream: str, cursor: str) -> str:
+    """Where to read on: from the end for `$`, from the beginning if the stream is a new one.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    end = last_id(redis, stream)
+    if cursor == FROM_THE_END:
+        return end
+    return "0-0" if id_order(end) < id_order(cursor) else cursor
+
+
+def publish_update(redis: Redis, stream: str, update: SignedEnvelope) -> str:
+    """Append an update, keeping the newest few; returns its id.
+
+    Raises:
+        BusError: Redis did not take it, or its answer was lost.
+    """
+    fields: Any = update.fields()
+    try:
+        entry_id: Any = redis.xadd(stream, fields, maxlen=KEPT_UPDATES, approximate=False)
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"{stream}: {error!r}") from error
+    return str(entry_id.decode())
+
+
+async def write_status(redis: AsyncRedis, status: ReplicaStatus) -> None:
+    """Say which policy a replica serves; it is forgotten unless said again.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    try:
+        await redis.set(
+            f"{_STATUS_PREFIX}{status.replica}", json.dumps(asdict(status)), px=STATUS_TTL_MS
+        )
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"policy status: {error!r}") from error
+
+
+def read_statuses(redis: Redis) -> list[ReplicaStatus]:
+    """What every live replica says it serves, by name.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    try:
+        keys = sorted(redis.scan_iter(match=f"{_STATUS_PREFIX}*", count=1000))
+        texts: Any = redis.mget(keys) if keys else []
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"policy status: {error!r}") from error
+    return [ReplicaStatus(**json.loads(text)) for text in texts if text is not None]

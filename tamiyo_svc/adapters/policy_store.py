@@ -1,0 +1,172 @@
+"""Policies on disk: the last known good one, the one before it, and how far the stream was read.
+
+A manifest names the files and is replaced as a whole, so a crash leaves the old state or the new
+one. Files are named by the digest of their weights and never written to once they are named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+from torch import Tensor
+
+from tamiyo_svc.errors import PolicyRejectedError
+from tamiyo_svc.graph.vocabulary import Vocabularies
+from tamiyo_svc.policy.checkpoint import MAX_HEADER_BYTES, check_checkpoint, read_header
+from tamiyo_svc.policy.evaluator import Policy, build_policy
+from tamiyo_svc.policy.update import TakenUpdates
+from tamiyo_svc.taxonomy import PolicyRejection
+
+_FOLDER: Final = "policies"
+_MANIFEST: Final = "manifest.json"
+_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPolicy:
+    """A policy that can be loaded again; `file` is empty for one that is built in."""
+
+    policy_id: str
+    version: str
+    digest: str
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is kept: policies, the last entry of the policy stream dealt with, updates taken."""
+
+    cursor: str = "0"
+    current: KeptPolicy | None = None
+    previous: KeptPolicy | None = None
+    taken: TakenUpdates = field(default_factory=TakenUpdates)
+
+    def with_current(self, policy: KeptPolicy) -> Manifest:
+        """The same with another policy serving and the one before kept for a rollback."""
+        if self.current is not None and self.current.digest == policy.digest:
+            return replace(self, current=policy)
+        return replace(self, current=policy, previous=self.current)
+
+
+class PolicyStore:
+    """The policies under a state folder; one process writes at a time."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.folder = state_dir / _FOLDER
+
+    def load(self) -> Manifest:
+        """The manifest, or an empty one where there is none that can be read."""
+        try:
+            return _read_manifest((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError):
+            # Without it the policy stream is read from its beginning, which is always right.
+            return Manifest()
+
+    def save(self, manifest: Manifest) -> None:
+        """Replace the manifest, then remove the files it no longer names.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": _VERSION, **asdict(manifest)}, indent=1)
+        temporary = self.folder / f"{_MANIFEST}.{os.getpid()}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / _MANIFEST)
+        _sync_folder(self.folder)
+
+    def sweep(self, manifest: Manifest, *others: str) -> None:
+        """Remove every policy file but those of the manifest and `others`."""
+        kept = {policy.file for policy in (manifest.current, manifest.previous) if policy}
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name not in kept | {_MANIFEST, *others}:
+                    path.unlink(missing_ok=True)
+
+    def write(self, digest: str, data: bytes) -> str:
+        """Keep a checkpoint under the digest of its weights; returns the file's name.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{digest}.safetensors"
+        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / name)
+        _sync_folder(self.folder)
+        return name
+
+    def open(self, kept: KeptPolicy, vocabularies: Vocabularies) -> Policy:
+        """Load a kept policy, checking it as if it had come from outside.
+
+        Raises:
+            PolicyRejectedError: its file is gone, damaged or not the one that was kept.
+        """
+        if not kept.file:
+            name = kept.policy_id
+            if name not in ("untrained", "bootstrap"):
+                raise PolicyRejectedError(
+                    PolicyRejection.INVALID_PAYLOAD, f"{name!r} is not built in"
+                )
+            policy = build_policy("bootstrap" if name == "bootstrap" else "untrained")
+            return replace(policy, version=kept.version)
+        weights, metadata = _read_file(self.folder / kept.file)
+        checkpoint = check_checkpoint(weights, metadata, vocabularies, check_architecture=False)
+        policy = checkpoint.build(kept.policy_id, kept.version)
+        if policy.digest != kept.digest:
+            raise PolicyRejectedError(
+                PolicyRejection.INVALID_PAYLOAD, f"{kept.file} holds other weights than it should"
+            )
+        return policy
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a safetensors file, mapped into memory rather than read.
+
+    A single read of its 56 MB would keep every other thread of the interpreter waiting.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            metadata, _ = read_header(file.read(MAX_HEADER_BYTES + 8), size)
+        with safetensors.safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, metadata  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PolicyRejectedError(
+            PolicyRejection.INVALID_PAYLOAD, f"{path.name}: {error}"
+        ) from error
+
+
+def _read_manifest(text: str) -> Manifest:
+    value = json.loads(text)
+    if value["format"] != _VERSION:
+        raise ValueError("written by another release")
+    return Manifest(
+        cursor=str(value["cursor"]),
+        current=KeptPolicy(**value["current"]) if value["current"] else None,
+        previous=KeptPolicy(**value["previous"]) if value["previous"] else None,
+        taken=TakenUpdates(
+            {str(name): int(when) for name, when in value["taken"]["issued_ns"].items()},
+            tuple(map(str, value["taken"]["digests"])),
+        ),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

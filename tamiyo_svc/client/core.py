@@ -1,0 +1,268 @@
+"""What the synchronous and the asyncio client share: everything but the waiting."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tamiyo_svc.client.exchange import ClientCounters, Exchange
+from tamiyo_svc.client.packets import State, build_packet, build_report
+from tamiyo_svc.client.spool import Spool
+from tamiyo_svc.client.transport import Link, Outgoing, Transport, TransportOptions
+from tamiyo_svc.client.verification import CommandVerifier, VerifiedCommand
+from tamiyo_svc.client.worker import Worker
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.envelope import seal
+from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.taxonomy import AckOutcome, ClientMode
+
+NORMAL_STREAM: Final = "oona.normal"
+REPLY_STREAM_PREFIX: Final = "oona.commands."
+_LOG: Final = logging.getLogger("tamiyo.client")
+_STATE_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """How a client behaves.
+
+    `max_wait_s` caps every wait, whatever its timeout. The queue holds at most `max_entries`
+    entries and `max_queue_bytes` of envelopes. `spool` is the capture file of offline mode.
+    `close_timeout_s` is how long closing may take to send what is queued.
+    """
+
+    mode: ClientMode = ClientMode.ONLINE
+    stream: str = NORMAL_STREAM
+    report_stream: str = NORMAL_STREAM
+    experiment: str = ""
+    max_wait_s: float = 1.0
+    max_entries: int = 256
+    max_queue_bytes: int = 4 << 20
+    close_timeout_s: float = 0.5
+    spool: Path = Path("tamiyo-spool.jsonl")
+    transport: TransportOptions = field(default_factory=TransportOptions)
+
+
+class ClientCore:
+    """One training run's client, but for its way of waiting; not to be shared between threads.
+
+    Nothing here blocks and nothing raises because of the bus, the service or what they send.
+    `clock` is Unix time, `monotonic` measures waiting, both in seconds; `make_link` makes what
+    stands in for the bus.
+
+    Raises:
+        ValueError: no run id, or a URL that cannot be one.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        keyring: Keyring | None,
+        run_id: str,
+        settings: ClientSettings | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        make_link: Callable[[], Link] | None = None,
+    ) -> None:
+        if not run_id:
+            raise ValueError("a client needs a run id")
+        self.settings = settings or ClientSettings()
+        self.run_id = run_id
+        self.reply_stream = REPLY_STREAM_PREFIX + run_id
+        self._redis_url = redis_url
+        self._keyring = keyring
+        self._make_link = make_link
+        self._clock = clock
+        self._monotonic = monotonic
+        self._exchange = Exchange(
+            CommandVerifier(keyring, run_id),
+            max_entries=self.settings.max_entries,
+            max_bytes=self.settings.max_queue_bytes,
+            hands_out=self.settings.mode is ClientMode.ONLINE,
+            clock=clock,
+            monotonic=monotonic,
+        )
+        self._enabled = self.settings.mode is not ClientMode.DISABLED
+        self._link: Link | None = None
+        self._worker: Worker | None = None
+        if self._enabled:
+            self._renew()
+            _LIVE.add(self)
+
+    def _renew(self) -> None:
+        """Take a new identity and a new, unopened link."""
+        self._incarnation = os.urandom(4).hex()
+        self._trace_id = os.urandom(16).hex()
+        cursor = "" if self._link is None else self._link.cursor
+        self._link = self._new_link()
+        self._link.cursor = cursor
+        self._worker = None
+
+    def _new_link(self) -> Link:
+        if self._make_link is not None:
+            return self._make_link()
+        if self.settings.mode is ClientMode.OFFLINE:
+            return Spool(self.settings.spool, self._clock)
+        return Transport(
+            self._redis_url, self.reply_stream, self.settings.transport, self._monotonic
+        )
+
+    @property
+    def mode(self) -> ClientMode:
+        """What the client does with packets and commands."""
+        return self.settings.mode
+
+    @property
+    def counters(self) -> ClientCounters:
+        """What became of packets and commands so far."""
+        return self._exchange.counters
+
+    def publish(
+        self,
+        state: State,
+        step: int,
+        *,
+        blueprint_ids: Sequence[str] = (),
+        traceparent: str = "",
+    ) -> str:
+        """Queue the packet of a step; its id, empty when there is none.
+
+        From here on it is this step's command that `wait` and `poll` give.
+        """
+        if not self._enabled:
+            return ""
+        packet_id = f"{self.run_id}-{step}-{self._incarnation}"
+        try:
+            packet = build_packet(
+                state,
+                run_id=self.run_id,
+                packet_id=packet_id,
+                step=step,
+                timestamp_ns=int(self._clock() * 1e9),
+                experiment=self.settings.experiment,
+            )
+        except (TypeError, ValueError) as error:
+            if not self.counters.unpublished:
+                _LOG.warning("step %s cannot be published: %s", step, error)
+            self._exchange.refused()
+            return ""
+        posted = self.publish_packet(packet, blueprint_ids=blueprint_ids, traceparent=traceparent)
+        return packet_id if posted else ""
+
+    def publish_packet(
+        self,
+        packet: leyline.SystemStatePacket,
+        *,
+        blueprint_ids: Sequence[str] = (),
+        traceparent: str = "",
+    ) -> bool:
+        """Queue a packet built elsewhere; False when it cannot be sent.
+
+        Raises:
+            ValueError: the packet has no id or is of another run.
+        """
+        if not self._enabled:
+            return False
+        if not packet.packet_id or packet.training_run_id != self.run_id:
+            raise ValueError(f"not a packet of run {self.run_id!r}")
+        attributes = {
+            "reply_to": self.reply_stream,
+            "training_run_id": self.run_id,
+            "packet_id": packet.packet_id,
+            "step_index": str(packet.global_step),
+            "traceparent": traceparent or f"00-{self._trace_id}-{os.urandom(8).hex()}-01",
+        }
+        if blueprint_ids:
+            attributes["blueprint_id"] = ",".join(blueprint_ids)
+        outgoing = Outgoing(self.settings.stream, seal(packet, self._keyring, attributes))
+        if not self._exchange.post_packet(outgoing, packet.packet_id, packet.global_step):
+            return False
+        self._wake()
+        return True
+
+    def poll(self) -> VerifiedCommand | None:
+        """The command for the step published last if it is there, without waiting."""
+        return self._exchange.poll()
+
+    def ack(self, verified: VerifiedCommand, outcome: AckOutcome, reason: str = "") -> None:
+        """Report what became of a command."""
+        if not self._enabled:
+            return
+        report = build_report(
+            verified.command,
+            outcome,
+            reason,
+            run_id=self.run_id,
+            issued_ns=int(self._clock() * 1e9),
+        )
+        attributes = {
+            "training_run_id": self.run_id,
+            "packet_id": verified.packet_id,
+            "step_index": str(verified.step_index),
+            "command_id": verified.command.command_id,
+            "policy_version": report.tamiyo_policy_version,
+        }
+        self._exchange.post_report(
+            Outgoing(self.settings.report_stream, seal(report, self._keyring, attributes))
+        )
+        self._wake()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs so that no command is applied twice; plain values."""
+        return {
+            "version": _STATE_VERSION,
+            "run_id": self.run_id,
+            "cursor": "" if self._link is None else self._link.cursor,
+            "accepted_s": self._exchange.verifier.accepted(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave; that of another run or version is left alone."""
+        if state.get("version") != _STATE_VERSION or state.get("run_id") != self.run_id:
+            return
+        self._exchange.restore(state["accepted_s"])
+        if self._link is not None and self._worker is None:
+            self._link.cursor = state["cursor"]
+
+    def _wake(self) -> None:
+        if self._worker is None or not self._worker.alive:
+            assert self._link is not None
+            self._worker = Worker(self._exchange, self._link, self._monotonic)
+            self._finalizer = weakref.finalize(
+                self, self._worker.stop, self.settings.close_timeout_s
+            )
+        self._worker.wake()
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._finalizer.detach()
+            self._worker.stop(self.settings.close_timeout_s)
+            self._renew()
+
+    def _forked(self) -> None:
+        """Leave the parent's thread, connections and queue to the parent."""
+        if self._worker is not None:
+            self._finalizer.detach()
+        _ABANDONED.append(self._link)
+        self._exchange.reset()
+        self._renew()
+
+
+_LIVE: Final[weakref.WeakSet[ClientCore]] = weakref.WeakSet()
+_ABANDONED: Final[list[Link | None]] = []
+"""Kept so that a forked child never closes, and so never says anything on, its parent's links."""
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_LIVE):
+        client._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

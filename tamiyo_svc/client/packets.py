@@ -1,0 +1,104 @@
+"""Packets and reports from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.taxonomy import AckOutcome
+
+_MAX_NOTE_CHARS: Final = 200
+
+SeedValues = leyline.SeedState | Mapping[str, Any]
+HardwareValues = leyline.HardwareContext | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How training stands after a step.
+
+    Losses in the loss's own unit, `validation_accuracy` in 0 to 1, `epoch` from 1. `metrics` are
+    named with their unit, such as `step_latency_ms`. Seeds and hardware are Leyline messages or
+    mappings of the same fields. What is None is left out.
+    """
+
+    training_loss: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    epoch: int = 1
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    seeds: Sequence[SeedValues] = ()
+    hardware: HardwareValues | None = None
+
+
+def build_packet(
+    state: State,
+    *,
+    run_id: str,
+    packet_id: str,
+    step: int,
+    timestamp_ns: int,
+    experiment: str = "",
+) -> leyline.SystemStatePacket:
+    """The state packet of one step; metrics that are no numbers are left out.
+
+    Raises:
+        TypeError, ValueError: another value does not fit its field.
+    """
+    hardware: Any = state.hardware
+    seeds: Any = state.seeds
+    return leyline.SystemStatePacket(
+        version=1,
+        packet_id=packet_id,
+        training_run_id=run_id,
+        experiment_name=experiment,
+        source_subsystem="tolaria",
+        current_epoch=state.epoch,
+        global_step=step,
+        timestamp_ns=timestamp_ns,
+        training_loss=state.training_loss,
+        validation_loss=state.validation_loss,
+        validation_accuracy=state.validation_accuracy,
+        hardware_context=hardware,
+        training_metrics=_numbers(state.metrics),
+        seed_states=seeds,
+    )
+
+
+def build_report(
+    command: leyline.AdaptationCommand,
+    outcome: AckOutcome,
+    reason: str,
+    *,
+    run_id: str,
+    issued_ns: int,
+) -> leyline.FieldReport:
+    """The field report that says what became of a command."""
+    applied = outcome is AckOutcome.APPLIED
+    report = leyline.FieldReport(
+        version=1,
+        report_id=f"fr-ack-{command.command_id}",
+        command_id=command.command_id,
+        training_run_id=run_id,
+        seed_id=command.target_seed_id,
+        blueprint_id=command.seed_operation.blueprint_id,
+        outcome=leyline.FIELD_REPORT_OUTCOME_SUCCESS
+        if applied
+        else leyline.FIELD_REPORT_OUTCOME_ABORTED,
+        tamiyo_policy_version=command.annotations.get("policy_version", ""),
+        notes=f"{outcome}: {reason}"[:_MAX_NOTE_CHARS] if reason else str(outcome),
+    )
+    report.issued_at.FromNanoseconds(issued_ns)
+    return report
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return numbers

@@ -1,0 +1,202 @@
+"""A seed's life: the table of its transitions and what it carries from step to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+import torch
+from torch import nn
+
+from tamiyo_svc.client.seeds.blending import Mixing, Schedule
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+
+DORMANT: Final = leyline.SEED_STAGE_DORMANT
+GERMINATED: Final = leyline.SEED_STAGE_GERMINATED
+TRAINING: Final = leyline.SEED_STAGE_TRAINING
+BLENDING: Final = leyline.SEED_STAGE_BLENDING
+SHADOWING: Final = leyline.SEED_STAGE_SHADOWING
+PROBATIONARY: Final = leyline.SEED_STAGE_PROBATIONARY
+FOSSILIZED: Final = leyline.SEED_STAGE_FOSSILIZED
+CULLED: Final = leyline.SEED_STAGE_CULLED
+
+TRANSITIONS: Final[
+    Mapping[tuple[leyline.SeedLifecycleStage, leyline.SeedOperation], leyline.SeedLifecycleStage]
+] = {
+    (DORMANT, leyline.SEED_OP_GERMINATE): GERMINATED,
+    (GERMINATED, leyline.SEED_OP_START_TRAINING): TRAINING,
+    (TRAINING, leyline.SEED_OP_START_GRAFTING): BLENDING,
+    (BLENDING, leyline.SEED_OP_STABILIZE): SHADOWING,
+    (SHADOWING, leyline.SEED_OP_EVALUATE): PROBATIONARY,
+    (PROBATIONARY, leyline.SEED_OP_FOSSILIZE): FOSSILIZED,
+    (GERMINATED, leyline.SEED_OP_CULL): CULLED,
+    (TRAINING, leyline.SEED_OP_CULL): CULLED,
+    (BLENDING, leyline.SEED_OP_CULL): CULLED,
+    (SHADOWING, leyline.SEED_OP_CULL): CULLED,
+    (PROBATIONARY, leyline.SEED_OP_CULL): CULLED,
+    (GERMINATED, leyline.SEED_OP_CANCEL): DORMANT,
+    (TRAINING, leyline.SEED_OP_CANCEL): DORMANT,
+    (BLENDING, leyline.SEED_OP_CANCEL): TRAINING,
+}
+"""What a command may do to a seed in each stage; anything else is refused. A cancelled blend goes
+back to isolated training, where the host is as it was without the seed."""
+
+JOINED: Final = frozenset({BLENDING, SHADOWING, PROBATIONARY, FOSSILIZED})
+"""Stages in which the seed is part of the network."""
+
+_MAY_BLEND: Final = frozenset({TRAINING, BLENDING, SHADOWING, PROBATIONARY})
+_RISK_TOLERANCE: Final = 0.5
+_ALPHA_TEMPERATURE: Final = 1.0
+
+_FAST: Final = 0.3
+_SLOW: Final = 0.1
+_WEIGHT_DECAY: Final = 1e-3
+
+
+class Place(Protocol):
+    """Where a seed sits in a network; with alpha 0 it has no effect there.
+
+    `channels` is the width of the features there, 0 while unknown.
+    """
+
+    channels: int
+    channel_dim: int
+    alpha: float
+    mixing: Mixing
+    seed: nn.Module | None
+
+    def plant(self, seed: nn.Module) -> None:
+        """Put a seed in, taking no part yet."""
+
+    def clear(self) -> None:
+        """Take the seed out."""
+
+
+class Seed:
+    """One seed, its slot, and what its gates are judged by.
+
+    `impact` is the validation loss with the seed minus that without it when last measured.
+    """
+
+    def __init__(self, index: int, slot: Place, seed_id: str = "") -> None:
+        self.index = index
+        self.seed_id = seed_id or f"seed-{index}"
+        self.slot = slot
+        self.stage: leyline.SeedLifecycleStage = DORMANT
+        self.blueprint_id = ""
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.schedule = Schedule()
+        self.blend_steps = 0
+        self.steps_in_stage = 0
+        self.germinated_epoch = 0
+        self.gradient_norm = 0.0
+        self.loss_fast = math.nan
+        self.loss_slow = math.nan
+        self.impact = 0.0
+
+    @property
+    def stage_name(self) -> str:
+        """The stage in words, such as `TRAINING`."""
+        return leyline.SeedLifecycleStage.Name(self.stage).removeprefix("SEED_STAGE_")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The seed module's parameters, none while the slot is empty."""
+        return [] if self.slot.seed is None else list(self.slot.seed.parameters())
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the seed, 0 while it has no optimizer."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else 0.0
+
+    def age_epochs(self, epoch: int) -> int:
+        """Epochs since it germinated, counting the one it did; 0 while dormant."""
+        return 0 if self.stage == DORMANT else epoch - self.germinated_epoch + 1
+
+    def germinate(
+        self, blueprint_id: str, module: nn.Module, learning_rate: float, epoch: int
+    ) -> None:
+        """Plant a module in the slot, without effect on the network."""
+        self.blueprint_id = blueprint_id
+        self.slot.plant(module)
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY
+        )
+        self.germinated_epoch = epoch
+        self.enter(GERMINATED)
+
+    def start_blending(self, schedule: Schedule, mixing: Mixing) -> None:
+        """Begin to take part in the network, with the schedule's first alpha."""
+        self.schedule = schedule
+        self.blend_steps = 0
+        self.slot.mixing = mixing
+        self.slot.alpha = schedule.alpha(0)
+        self.enter(BLENDING)
+
+    def stop_blending(self) -> None:
+        """Go back to isolated training."""
+        self.slot.alpha = 0.0
+        self.blend_steps = 0
+        self.enter(TRAINING)
+
+    def remove(self, stage: leyline.SeedLifecycleStage) -> None:
+        """Take the module out of the network for good, leaving the seed in `stage`."""
+        self.slot.clear()
+        self.optimizer = None
+        self.gradient_norm = 0.0
+        if stage == DORMANT:
+            self.blueprint_id = ""
+        self.enter(stage)
+
+    def enter(self, stage: leyline.SeedLifecycleStage) -> None:
+        """Note the stage reached."""
+        self.stage = stage
+        self.steps_in_stage = 0
+        if stage == TRAINING:
+            self.loss_fast = self.loss_slow = math.nan
+
+    def advance(self, *, blend: bool) -> None:
+        """Count one training step; while blending, and if `blend`, alpha follows its schedule."""
+        self.steps_in_stage += 1
+        if blend and self.stage == BLENDING:
+            self.blend_steps += 1
+            self.slot.alpha = self.schedule.alpha(self.blend_steps)
+
+    def observe(self, loss: float, gradient_norm: float) -> None:
+        """Note a step's loss with the seed in full, and its gradient norm."""
+        self.gradient_norm = gradient_norm
+        self.loss_fast = _ewma(self.loss_fast, loss, _FAST)
+        self.loss_slow = _ewma(self.loss_slow, loss, _SLOW)
+
+
+def _ewma(mean: float, value: float, weight: float) -> float:
+    return value if math.isnan(mean) else mean + weight * (value - mean)
+
+
+def describe_seed(seed: Seed, epoch: int, blueprint_risk: float | None = None) -> leyline.SeedState:
+    """What a packet says about a seed; a dormant one has nothing to measure yet.
+
+    Its risk is that of its blueprint plus the harm it did when last measured; without one, 0.
+    """
+    risk = 0.0
+    if blueprint_risk is not None and seed.stage != DORMANT:
+        harm = max(seed.impact, 0.0) if math.isfinite(seed.impact) else 1.0
+        risk = min(blueprint_risk + harm, 1.0)
+    return leyline.SeedState(
+        seed_id=seed.seed_id,
+        stage=seed.stage,
+        gradient_norm=seed.gradient_norm,
+        learning_rate=seed.learning_rate,
+        layer_depth=seed.index + 1,
+        age_epochs=seed.age_epochs(epoch),
+        risk_score=risk,
+        metrics={
+            "alpha": seed.slot.alpha,
+            "alpha_steps": float(seed.blend_steps),
+            "alpha_total_steps": float(seed.schedule.total_steps),
+            "alpha_temperature": _ALPHA_TEMPERATURE,
+            "blend_allowed": float(seed.stage in _MAY_BLEND),
+            "risk_tolerance": _RISK_TOLERANCE,
+        },
+    )

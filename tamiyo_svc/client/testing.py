@@ -1,0 +1,212 @@
+"""Test a trainer without Redis: a service in the same process, and pytest fixtures.
+
+`pytest_plugins = ["tamiyo_svc.client.testing"]` in a conftest brings the fixtures
+`tamiyo_service` and `tamiyo_client`. Packets and commands are sealed, signed and verified as on
+a real bus; only the bus is missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import pytest
+
+from tamiyo_svc.client.client import TamiyoClient
+from tamiyo_svc.client.core import ClientSettings
+from tamiyo_svc.client.transport import Entry, Outgoing
+from tamiyo_svc.errors import BusError
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
+from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.taxonomy import NEXT_SEED_OPERATIONS
+
+KEYRING: Final = Keyring(b"a secret for tests alone")
+LONG_S: Final = 10.0
+"""A wait that ends when the answer is there, on however slow a machine."""
+
+Script = Callable[[leyline.SystemStatePacket], Iterable[leyline.AdaptationCommand]]
+
+
+def make_packet(
+    step: int = 1, run_id: str = "run-1", seeds: Sequence[leyline.SeedState] = (), loss: float = 1.0
+) -> leyline.SystemStatePacket:
+    """A small state packet."""
+    return leyline.SystemStatePacket(
+        version=1,
+        packet_id=f"{run_id}-{step}",
+        training_run_id=run_id,
+        global_step=step,
+        current_epoch=1,
+        training_loss=loss,
+        validation_loss=loss,
+        timestamp_ns=time.time_ns(),
+        seed_states=seeds,
+    )
+
+
+def make_pause() -> leyline.AdaptationCommand:
+    """A command that changes nothing."""
+    return leyline.AdaptationCommand(command_type=leyline.COMMAND_PAUSE)
+
+
+def make_optimizer_command(lr_delta: float, optimizer_id: str = "") -> leyline.AdaptationCommand:
+    """A command that multiplies the learning rate by 1 + `lr_delta`."""
+    return leyline.AdaptationCommand(
+        command_type=leyline.COMMAND_OPTIMIZER,
+        optimizer_adjustment=leyline.CommandOptimizerAdjustment(
+            optimizer_id=optimizer_id, hyperparameters={"lr_delta": lr_delta}
+        ),
+    )
+
+
+def make_seed_command(
+    seed_id: str,
+    operation: leyline.SeedOperation,
+    blueprint_id: str = "",
+    *,
+    parameters: dict[str, float] | None = None,
+    annotations: dict[str, str] | None = None,
+) -> leyline.AdaptationCommand:
+    """A command to one seed."""
+    return leyline.AdaptationCommand(
+        command_type=leyline.COMMAND_SEED,
+        target_seed_id=seed_id,
+        seed_operation=leyline.CommandSeedOperation(
+            operation=operation, blueprint_id=blueprint_id, parameters=parameters
+        ),
+        annotations=annotations,
+    )
+
+
+def always_pause(_: leyline.SystemStatePacket) -> Iterable[leyline.AdaptationCommand]:
+    """A script: every packet is answered with a pause."""
+    yield make_pause()
+
+
+def never_answer(_: leyline.SystemStatePacket) -> Iterable[leyline.AdaptationCommand]:
+    """A script: silence."""
+    return ()
+
+
+def grow(blueprint_id: str) -> Script:
+    """A script: the first seed that is still on its way gets its next operation, else pause."""
+
+    def answer(packet: leyline.SystemStatePacket) -> Iterable[leyline.AdaptationCommand]:
+        for seed in packet.seed_states:
+            operation = NEXT_SEED_OPERATIONS.get(seed.stage)
+            if operation is not None:
+                yield make_seed_command(seed.seed_id, operation, blueprint_id)
+                return
+        yield make_pause()
+
+    return answer
+
+
+class FakeService:
+    """Answers packets as a script says, signed as Tamiyo would.
+
+    Whatever a command lacks of what ties it to its packet is filled in. Set `reachable` to False
+    for a bus that is away. `packets` and `reports` hold what arrived, in order.
+    """
+
+    def __init__(self, script: Script = always_pause, keyring: Keyring = KEYRING) -> None:
+        self.script = script
+        self.reachable = True
+        self.packets: list[leyline.SystemStatePacket] = []
+        self.reports: list[leyline.FieldReport] = []
+        self._keyring = keyring
+        self._numbers = itertools.count(1)
+
+    def client(
+        self,
+        run_id: str = "run-1",
+        settings: ClientSettings | None = None,
+        keyring: Keyring | None = None,
+    ) -> TamiyoClient:
+        """A client of this service; waits up to `LONG_S` unless the settings say otherwise."""
+        return TamiyoClient(
+            "redis://nowhere:1/0",
+            keyring or self._keyring,
+            run_id,
+            settings or ClientSettings(max_wait_s=LONG_S),
+            make_link=lambda: _FakeLink(self),
+        )
+
+    def receive(self, outgoing: Outgoing) -> list[Entry]:
+        """Take one entry and return the answers to it."""
+        message = parse_payload(open_envelope(outgoing.envelope.fields(), self._keyring))
+        if isinstance(message, leyline.FieldReport):
+            self.reports.append(message)
+            return []
+        if not isinstance(message, leyline.SystemStatePacket):
+            return []
+        self.packets.append(message)
+        return [self.sign(command, message) for command in self.script(message)]
+
+    def sign(
+        self, command: leyline.AdaptationCommand, packet: leyline.SystemStatePacket
+    ) -> dict[bytes, bytes]:
+        """Complete, sign and seal a command for a packet."""
+        answer = leyline.AdaptationCommand(
+            version=1, command_id=f"command-{next(self._numbers)}", issued_by="tamiyo"
+        )
+        answer.issued_at.FromNanoseconds(time.time_ns())
+        answer.annotations.update(
+            training_run_id=packet.training_run_id,
+            packet_id=packet.packet_id,
+            step_index=str(packet.global_step),
+        )
+        answer.MergeFrom(command)
+        self._keyring.sign_command(answer)
+        return seal(answer, self._keyring).fields()
+
+
+class _FakeLink:
+    def __init__(self, service: FakeService) -> None:
+        self.cursor = ""
+        self._service = service
+        self._arrived: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+
+    def open(self) -> None:
+        self._check()
+
+    def send(self, batch: Sequence[Outgoing]) -> None:
+        self._check()
+        for outgoing in batch:
+            for entry in self._service.receive(outgoing):
+                self._arrived.put(entry)
+
+    def receive(self, timeout_s: float) -> list[Entry]:
+        self._check()
+        try:
+            entry = self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+        return [] if entry is None else [entry]
+
+    def wake(self) -> None:
+        self._arrived.put(None)
+
+    def close(self) -> None:
+        return
+
+    def _check(self) -> None:
+        if not self._service.reachable:
+            raise BusError("the fake bus is away")
+
+
+@pytest.fixture
+def tamiyo_service() -> FakeService:
+    """A service that answers every packet with a pause until its script is replaced."""
+    return FakeService()
+
+
+@pytest.fixture
+def tamiyo_client(tamiyo_service: FakeService) -> Iterator[TamiyoClient]:
+    """A client of `tamiyo_service`."""
+    with tamiyo_service.client() as client:
+        yield client

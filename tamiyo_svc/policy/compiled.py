@@ -1,0 +1,313 @@
+"""The folded network compiled ahead of time: the whole forward pass is one call of `compiled.cpp`.
+
+The weights are data of that call, so another policy needs no compiler. They lie in one block of
+memory in the order in which they are read, each matrix cut into panels of adjacent columns, which
+is as near to streaming them as it gets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tamiyo_svc.graph.graph import PACKED_WIDTH, Floats, Graph, Topology
+from tamiyo_svc.graph.schema import NODE_TYPES, RELATIONS
+from tamiyo_svc.policy.folding import FoldedWeights, Outputs, read_outputs
+from tamiyo_svc.policy.layout import RELATIONS_INTO, Slots, lay_out_slots
+from tamiyo_svc.taxonomy import WeightDtype
+
+SOURCE: Final = Path(__file__).with_name("compiled.cpp")
+"""What is compiled."""
+
+_MAX_PLANS: Final = 256
+_ALIGNMENT: Final = 64
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("k", ctypes.c_int32),
+        ("n", ctypes.c_int32),
+        ("is_bf16", ctypes.c_int32),
+    )
+
+
+class _AttentionLayer(ctypes.Structure):
+    _fields_ = (
+        ("scores", _Matrix),
+        ("edges", ctypes.c_void_p),
+        ("projections", ctypes.c_void_p),
+    )
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        ("types", ctypes.c_int32),
+        ("relations", ctypes.c_int32),
+        ("features", ctypes.c_int32),
+        ("sage_width", ctypes.c_int32),
+        ("gat_width", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("hidden_column", ctypes.c_int32),
+        ("fan_in", ctypes.c_void_p),
+        ("relation_of", ctypes.c_void_p),
+        ("encoder", _Matrix),
+        ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("sage", ctypes.c_void_p),
+        ("gat", ctypes.c_void_p),
+        ("node_heads", _Matrix),
+        ("hidden_heads", _Matrix),
+    )
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("counts", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("sources", ctypes.c_void_p),
+        ("edges", ctypes.c_void_p),
+        ("nodes", ctypes.c_int32),
+        ("graphs", ctypes.c_int32),
+    )
+
+
+class Library:
+    """The compiled functions; calling them releases the interpreter lock.
+
+    Raises:
+        OSError: the file is no library for this machine.
+        AttributeError: it is another library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.evaluate = library.tamiyo_evaluate
+        self.evaluate.argtypes = [ctypes.c_void_p] * 6
+        self.evaluate.restype = None
+        self.touch = library.tamiyo_touch
+        self.touch.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        self.touch.restype = ctypes.c_uint32
+        self.panel = int(library.tamiyo_panel())
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A batch's plan with the arrays it points into, and the sizes of its results."""
+
+    plan: _Plan
+    slots: Slots
+    address: int
+    scored: int
+
+
+class CompiledNetwork:
+    """Evaluates graphs; within 1e-5 of the network it came from with float32 weights.
+
+    With bfloat16 weights the wide projections read half the bytes; sums stay in float32, so the
+    error is that of rounding each weight to 8 bits. Plans are kept per topology, which makes it
+    unfit for two threads at once.
+    """
+
+    def __init__(
+        self, library: Library, weights: FoldedWeights, dtype: WeightDtype = WeightDtype.FP32
+    ) -> None:
+        config = weights.config
+        self.config = config
+        self._library = library
+        self._columns = weights.columns
+        self._parameters = config.param_vector_dim
+        self._deep_width = len(weights.hidden_heads.bias)
+        self._kept: list[object] = []
+        wide = [
+            affine
+            for layer in (*weights.sage, *(layer.projections for layer in weights.gat))
+            for affine in layer.values()
+        ]
+        self._block = _Block(sum(_panel_bytes(a.weight, library.panel, dtype) for a in wide))
+        sage = self._array(
+            _Matrix,
+            [
+                self._matrix(layer[kind].weight, layer[kind].bias, dtype)
+                for layer in weights.sage
+                for kind in NODE_TYPES
+            ],
+        )
+        gat = []
+        for layer in weights.gat:
+            zero = torch.zeros(layer.scores.shape[1])
+            projections = [
+                self._matrix(affine.weight, affine.bias, dtype)
+                if (affine := layer.projections.get(kind)) is not None
+                else _Matrix()
+                for kind in NODE_TYPES
+            ]
+            gat.append(
+                _AttentionLayer(
+                    self._matrix(layer.scores.T, zero),
+                    self._floats(layer.edges),
+                    self._array(_Matrix, projections),
+                )
+            )
+        relation_of = np.zeros((len(NODE_TYPES), len(RELATIONS)), np.int32)
+        for place, kind in enumerate(NODE_TYPES):
+            relation_of[place, : len(RELATIONS_INTO[kind])] = RELATIONS_INTO[kind]
+        self._network = _Network(
+            types=len(NODE_TYPES),
+            relations=len(RELATIONS),
+            features=PACKED_WIDTH,
+            sage_width=config.sage_hidden_dim,
+            gat_width=config.gat_hidden_dim,
+            heads=config.attention_heads,
+            hidden_column=weights.columns["hidden"].start,
+            fan_in=self._integers([len(RELATIONS_INTO[kind]) for kind in NODE_TYPES]),
+            relation_of=self._integers(relation_of),
+            encoder=self._matrix(weights.encoder.T, torch.zeros(config.sage_hidden_dim)),
+            scale=self._floats(weights.scale),
+            shift=self._floats(weights.shift),
+            sage=sage,
+            gat=self._array(_AttentionLayer, gat),
+            node_heads=self._matrix(weights.node_heads.weight, weights.node_heads.bias),
+            hidden_heads=self._matrix(weights.hidden_heads.weight, weights.hidden_heads.bias),
+        )
+        self._address = ctypes.addressof(self._network)
+        self._head_width = len(weights.node_heads.bias)
+        self._plans: OrderedDict[tuple[Topology, ...], _Planned] = OrderedDict()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of what every evaluation streams."""
+        return self._block.size
+
+    def evaluate(self, graphs: Sequence[Graph]) -> list[Outputs]:
+        """Outputs of every graph, each as if it were alone."""
+        planned = self._plan(tuple(graph.topology for graph in graphs))
+        if len(graphs) == 1:
+            features, attributes = graphs[0].features, graphs[0].attributes
+        else:
+            features = np.concatenate([graph.features for graph in graphs])
+            attributes = np.concatenate([graph.attributes for graph in graphs])
+        values = np.empty((planned.scored, self._head_width), np.float32)
+        deep = np.empty((len(graphs), self._deep_width), np.float32)
+        self._library.evaluate(
+            self._address,
+            planned.address,
+            _address(features),
+            _address(attributes),
+            _address(values),
+            _address(deep),
+        )
+        return read_outputs(values.tolist(), deep.tolist(), graphs, self._columns, self._parameters)
+
+    def touch(self, part: int, parts: int) -> None:
+        """Read one of `parts` equal parts of the weights into the processor's caches."""
+        size = self._block.size // parts
+        self._library.touch(self._block.address + part * size, size)
+
+    def _plan(self, topologies: tuple[Topology, ...]) -> _Planned:
+        planned = self._plans.get(topologies)
+        if planned is not None:
+            self._plans.move_to_end(topologies)
+            return planned
+        slots = lay_out_slots(topologies)
+        plan = _Plan(
+            *(
+                _address(array)
+                for array in (slots.counts, slots.order, slots.starts, slots.sources, slots.edges)
+            ),
+            nodes=len(slots.order),
+            graphs=len(topologies),
+        )
+        planned = _Planned(plan, slots, ctypes.addressof(plan), int(slots.counts[:3].sum()))
+        self._plans[topologies] = planned
+        if len(self._plans) > _MAX_PLANS:
+            self._plans.popitem(last=False)
+        return planned
+
+    def _matrix(self, weight: Tensor, bias: Tensor, dtype: WeightDtype | None = None) -> _Matrix:
+        """A matrix from (out, in) weights; those with a `dtype` go into the block."""
+        panels = _panels(weight, self._library.panel)
+        is_bf16 = dtype is WeightDtype.BF16
+        if is_bf16:
+            stored = torch.from_numpy(panels).bfloat16().view(torch.int16).numpy()
+        else:
+            stored = panels
+        if dtype is not None:
+            address = self._block.append(stored)
+        else:
+            self._kept.append(stored)
+            address = _address(stored)
+        padded = np.zeros(panels.shape[0] * self._library.panel, np.float32)
+        padded[: len(bias)] = bias.numpy()
+        self._kept.append(padded)
+        return _Matrix(address, _address(padded), weight.shape[1], weight.shape[0], is_bf16)
+
+    def _floats(self, values: Tensor) -> int:
+        return self._keep(values.contiguous().numpy())
+
+    def _integers(self, values: npt.ArrayLike) -> int:
+        return self._keep(np.ascontiguousarray(values, np.int32))
+
+    def _keep(self, array: npt.NDArray[Any]) -> int:
+        self._kept.append(array)
+        return _address(array)
+
+    def _array(self, kind: Any, members: Sequence[ctypes.Structure]) -> int:
+        array = (kind * len(members))(*members)
+        self._kept.append(array)
+        return ctypes.addressof(array)
+
+
+class _Block:
+    """Page-aligned memory that is filled once; huge pages where the system has them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._memory = mmap.mmap(-1, max(1, size))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = np.frombuffer(self._memory, np.uint8)
+        self.address = _address(self._bytes)
+        self._filled = 0
+
+    def append(self, array: npt.NDArray[Any]) -> int:
+        """Copy an array behind what is there and return its address."""
+        start, self._filled = self._filled, self._filled + _aligned(array.nbytes)
+        self._bytes[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        return self.address + start
+
+
+def _panels(weight: Tensor, panel: int) -> Floats:
+    """(panels, in, panel) from (out, in), the last panel filled with zeros."""
+    outputs, inputs = weight.shape
+    count = -(-outputs // panel)
+    padded = np.zeros((count * panel, inputs), np.float32)
+    padded[:outputs] = weight.numpy()
+    return np.ascontiguousarray(padded.reshape(count, panel, inputs).transpose(0, 2, 1))
+
+
+def _panel_bytes(weight: Tensor, panel: int, dtype: WeightDtype) -> int:
+    outputs, inputs = weight.shape
+    width = 2 if dtype is WeightDtype.BF16 else 4
+    return _aligned(-(-outputs // panel) * panel * inputs * width)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

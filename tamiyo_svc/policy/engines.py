@@ -1,0 +1,197 @@
+"""The forms in which the network can serve, fastest first, and the fall from one to the next."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+from tamiyo_svc.errors import InferenceError
+from tamiyo_svc.graph.graph import Graph
+from tamiyo_svc.policy.folded import FoldedNetwork
+from tamiyo_svc.policy.folding import Outputs
+from tamiyo_svc.policy.network import TamiyoNetwork
+
+# Far above what rounding weights to bfloat16 does, far below what a wrong kernel does.
+_TOLERANCE: Final = 0.1
+
+
+class Engine(Protocol):
+    """One policy's network, ready to run."""
+
+    def evaluate(self, graphs: Sequence[Graph]) -> list[Outputs]:
+        """Outputs of every graph, each as if it were alone."""
+
+
+@runtime_checkable
+class Touchable(Protocol):
+    """An engine whose weights can be read without evaluating anything."""
+
+    def touch(self, part: int, parts: int) -> None:
+        """Read one of so many equal parts of the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way to run a network; `build` may take long and may fail in any way."""
+
+    device: str
+    is_compiled: bool
+    build: Callable[[TamiyoNetwork, FoldedNetwork], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What serves now.
+
+    `warm_ms` is how long the last warm-up of a compiled form took, None before the first one;
+    `fallbacks` counts forms given up, `reason` says why the last one was.
+    """
+
+    device: str
+    is_compiled: bool
+    warm_ms: float | None = None
+    fallbacks: int = 0
+    reason: str = ""
+
+
+EAGER_CPU: Final = Form("cpu", is_compiled=False, build=lambda network, folded: folded)
+"""The form that is always there."""
+
+
+class Engines:
+    """Runs networks in the first form that works and stays with it.
+
+    A form that raises, when it is built or while it runs, is given up for all policies as soon as
+    a later one answers the same graphs; if none does, the graphs are at fault. `on_change` hears
+    of every new status, in the thread that found it. Engines are kept as long as the folded
+    network they belong to.
+    """
+
+    def __init__(
+        self,
+        forms: Sequence[Form] = (EAGER_CPU,),
+        on_change: Callable[[EngineStatus], None] = lambda status: None,
+    ) -> None:
+        if not forms:
+            raise ValueError("no form to serve in")
+        self._forms = tuple(forms)
+        self.on_change = on_change
+        self._lock = threading.Lock()
+        self._level = 0
+        self._built: WeakKeyDictionary[FoldedNetwork, dict[int, Engine]] = WeakKeyDictionary()
+        self.status = EngineStatus(forms[0].device, forms[0].is_compiled)
+
+    def evaluate(
+        self, network: TamiyoNetwork, folded: FoldedNetwork, graphs: Sequence[Graph]
+    ) -> list[Outputs]:
+        """Outputs of every graph.
+
+        Raises:
+            Whatever the last form raises when no form can answer.
+        """
+        start = level = self._level
+        failure: Exception | None = None
+        while True:
+            try:
+                outputs = self.engine(network, folded, level).evaluate(graphs)
+            except Exception as error:
+                failure = failure or error
+                if level + 1 == len(self._forms):
+                    raise
+                level += 1
+            else:
+                if failure is not None:
+                    self._fall(start, level, failure)
+                return outputs
+
+    def warm_up(
+        self,
+        network: TamiyoNetwork,
+        folded: FoldedNetwork,
+        batches: Sequence[Sequence[Graph]],
+        clock: Callable[[], float],
+    ) -> None:
+        """Build and run the serving form once on minimal batches; `clock` is in seconds.
+
+        A form that disagrees with the folded network is given up like one that raises.
+
+        Raises:
+            Whatever the last form raises when no form can answer.
+        """
+        while True:
+            level = self._level
+            form = self._forms[level]
+            started = clock()
+            try:
+                engine = self.engine(network, folded, level)
+                for graphs in batches:
+                    outputs = engine.evaluate(graphs)
+                    if engine is not folded:
+                        _check(outputs, folded.evaluate(graphs))
+            except Exception as error:
+                if level + 1 == len(self._forms):
+                    raise
+                self._fall(level, level + 1, error)
+            else:
+                if form.is_compiled:
+                    self._report(replace(self.status, warm_ms=(clock() - started) * 1e3))
+                return
+
+    def engine(
+        self, network: TamiyoNetwork, folded: FoldedNetwork, level: int | None = None
+    ) -> Engine:
+        """A policy's engine in the serving form, or in that of `level`."""
+        level = self._level if level is None else level
+        with self._lock:
+            built = self._built.setdefault(folded, {})
+        engine = built.get(level)
+        if engine is None:
+            engine = self._forms[level].build(network, folded)
+            if engine is not folded:  # kept under itself it would never be released
+                built[level] = engine
+        return engine
+
+    def touch(self, network: TamiyoNetwork, folded: FoldedNetwork, part: int, parts: int) -> None:
+        """Read one of so many parts of a policy's weights, where the serving form can."""
+        engine = self.engine(network, folded)
+        if isinstance(engine, Touchable):
+            engine.touch(part, parts)
+
+    def _fall(self, start: int, level: int, failure: Exception) -> None:
+        with self._lock:
+            if self._level >= level:
+                return
+            fallen = level - max(start, self._level)
+            self._level = level
+            for built in self._built.values():
+                for given_up in range(level):
+                    built.pop(given_up, None)
+        form = self._forms[level]
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+        self._report(
+            EngineStatus(
+                form.device,
+                form.is_compiled,
+                self.status.warm_ms,
+                self.status.fallbacks + fallen,
+                reason,
+            )
+        )
+
+    def _report(self, status: EngineStatus) -> None:
+        self.status = status
+        self.on_change(status)
+
+
+def _check(outputs: Sequence[Outputs], expected: Sequence[Outputs]) -> None:
+    for mine, theirs in zip(outputs, expected, strict=True):
+        for head, values in theirs.items():
+            for value, other in zip(mine[head], values, strict=True):
+                agree = math.isclose(value, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+                # A policy that yields no numbers is refused by whoever reads them.
+                if not agree and math.isfinite(other):
+                    raise InferenceError(f"{head} is {value!r}, the folded network gives {other!r}")

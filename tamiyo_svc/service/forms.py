@@ -1,0 +1,69 @@
+"""Which forms of the network the settings allow on this machine, fastest first."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import structlog
+import torch
+
+from tamiyo_svc.adapters.compiler import CompiledFormUnavailableError, load_compiled
+from tamiyo_svc.policy.compiled import CompiledNetwork, Library
+from tamiyo_svc.policy.cuda import cuda_forms
+from tamiyo_svc.policy.engines import EAGER_CPU, Form
+from tamiyo_svc.policy.folding import fold_weights
+from tamiyo_svc.service.settings import Settings
+from tamiyo_svc.taxonomy import CpuEngine, WeightDtype
+
+log = structlog.get_logger("tamiyo.forms")
+
+_FOLDER: Final = "compiled"
+
+
+def serving_forms(settings: Settings) -> list[Form]:
+    """The forms to serve in; the last one always works.
+
+    May compile for a few seconds when this machine does so for the first time.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    forms: list[Form] = []
+    if device.startswith("cuda"):
+        forms += cuda_forms(device, enable_compile=settings.enable_compile is not False)
+    return [*forms, *_cpu_forms(settings)]
+
+
+def _cpu_forms(settings: Settings) -> list[Form]:
+    engine = settings.cpu_engine
+    if engine is CpuEngine.AUTO and settings.enable_compile is False:
+        engine = CpuEngine.EAGER
+    if engine is CpuEngine.EAGER:
+        return [EAGER_CPU]
+    folder = settings.state_dir / _FOLDER
+    try:
+        library = load_compiled(folder)
+    except CompiledFormUnavailableError as error:
+        log.warning("engine.compiled_unavailable", reason=str(error))
+        if engine is CpuEngine.AUTO:
+            return [EAGER_CPU]
+        return [_unavailable(error), EAGER_CPU]
+    return [compiled_form(library, settings.weight_dtype), EAGER_CPU]
+
+
+def compiled_form(library: Library, dtype: WeightDtype) -> Form:
+    """The form compiled ahead of time for the CPU."""
+    return Form(
+        "cpu",
+        is_compiled=True,
+        build=lambda network, folded: CompiledNetwork(library, fold_weights(network), dtype),
+    )
+
+
+def _unavailable(error: CompiledFormUnavailableError) -> Form:
+    """Stands for a form that was demanded and is not there, so that giving it up is counted."""
+
+    def build(network: object, folded: object) -> CompiledNetwork:
+        raise error
+
+    return Form("cpu", is_compiled=True, build=build)

@@ -1,0 +1,282 @@
+"""A process of its own that reads policy updates, checks them and leaves files behind.
+
+What an update can do wrong, it does here: a crash, a hang or memory without bound ends this
+process and is reported as a refusal, and neither parsing 56 MB nor loading them ever holds the
+interpreter that decides. Each request is one JSON line on standard input, whose end means that the
+service is gone. The answers are JSON lines on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from redis import Redis
+
+from tamiyo_svc.adapters.oona.entries import Entry
+from tamiyo_svc.adapters.oona.policy_stream import open_stream, read_next, start_cursor
+from tamiyo_svc.errors import BusError, PolicyRejectedError
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.envelope import (
+    PAYLOAD_FIELD,
+    EnvelopeRejectedError,
+    RejectReason,
+    open_envelope,
+    parse_payload,
+)
+from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction
+
+MAX_UPDATE_BYTES: Final = 256 << 20
+"""Largest entry of the policy stream that is taken."""
+
+BUS_EXIT: Final = 3
+"""Exit code when Redis did not answer."""
+
+_BLOCK_MS: Final = 5_000
+# An update of the largest size is held about six times over while it is read.
+_MAX_DATA_BYTES: Final = 6 << 30
+_NICENESS: Final = 5
+_REASONS: Final = {
+    RejectReason.MISSING_SIGNATURE: PolicyRejection.MISSING_SIGNATURE,
+    RejectReason.INVALID_SIGNATURE: PolicyRejection.INVALID_SIGNATURE,
+    RejectReason.OVERSIZED: PolicyRejection.PAYLOAD_TOO_LARGE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderRequest:
+    """All that one look at the policy stream needs."""
+
+    redis_url: str
+    stream: str
+    after: str
+    folder: str
+    vocabularies: dict[str, list[str]]
+    secrets: tuple[str, ...] | None
+    """Current and, while keys rotate, previous secret; None takes unsigned updates."""
+    first: bool = False
+    """Whether `after` is yet to be compared with what the stream holds."""
+    verify_updates: bool = True
+    freshness_s: float = 0.0
+    issued_ns: dict[str, int] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()
+    limits: dict[str, int] = field(default_factory=dict)
+    max_bytes: int = MAX_UPDATE_BYTES
+
+    @classmethod
+    def from_json(cls, text: str) -> LoaderRequest:
+        """Read a request as `to_json` wrote it."""
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        """The request on one line."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What became of one entry; `reason` is empty unless it was refused.
+
+    An update that brings weights left them in `file`, checked; one without renames or commands.
+    """
+
+    entry_id: str
+    ignored: bool = False
+    reason: str = ""
+    detail: str = ""
+    update: str = ""
+    """SHA-256 of the envelope's bytes, as hex."""
+    action: str = PolicyUpdateAction.APPLY
+    issued_by: str = ""
+    policy_id: str = ""
+    version: str = ""
+    issued_ns: int = 0
+    file: str = ""
+    digest: str = ""
+    golden: int = 0
+
+
+def examine(entry: Entry, request: LoaderRequest) -> Finding:
+    """Check one entry from its signature to its weights; a refusal is a finding too."""
+    payload = entry.fields.get(PAYLOAD_FIELD)
+    if payload is None:
+        return Finding(entry.entry_id, ignored=True)
+    known = Finding(entry.entry_id, update=sha256(payload).hexdigest())
+    try:
+        envelope = _open(entry, request)
+        if envelope is None:
+            return Finding(entry.entry_id, ignored=True)
+        update = parse_payload(envelope)
+        assert isinstance(update, leyline.PolicyUpdate)
+        known = Finding(
+            entry.entry_id,
+            update=known.update,
+            issued_by=envelope.attributes.get("issued_by", "")[:200],
+            policy_id=update.policy_id[:200],
+            version=update.tamiyo_policy_version[:200],
+            issued_ns=update.issued_at.ToNanoseconds(),
+        )
+        return _examine_update(entry, update, dict(envelope.attributes), known, request)
+    except PolicyRejectedError as error:
+        return _refused(known, error.reason, error.detail)
+    except EnvelopeRejectedError as error:
+        reason = _REASONS.get(error.reason, PolicyRejection.INVALID_PAYLOAD)
+        return _refused(known, reason, str(error))
+    except MemoryError:
+        return _refused(known, PolicyRejection.PAYLOAD_TOO_LARGE, "it does not fit in memory")
+
+
+def main() -> int:
+    """Answer one request after the other, each with the next entry of the stream."""
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(
+        target=_follow_parent, args=(requests,), name="follow-parent", daemon=True
+    ).start()
+    _bound_memory()
+    is_nice = False
+
+    def on_waiting(after: str) -> None:
+        # What a starting service waits for is urgent; what comes while it decides is not.
+        nonlocal is_nice
+        if not is_nice:
+            os.nice(_NICENESS)
+            is_nice = True
+        _say({"kind": "waiting", "after": after})
+
+    while True:
+        request = LoaderRequest.from_json(requests.get())
+        try:
+            with open_stream(request.redis_url) as redis:
+                entry = _next_entry(redis, request, on_waiting)
+        except BusError as error:
+            _say({"kind": "bus", "detail": str(error)})
+            return BUS_EXIT
+        _say({"kind": "reading", "entry_id": entry.entry_id})
+        finding = examine(entry, request)
+        # Before the next wait, which may be long.
+        del entry
+        _say({"kind": "finding", **asdict(finding)})
+
+
+def _next_entry(redis: Redis, request: LoaderRequest, on_waiting: Callable[[str], None]) -> Entry:
+    after = request.after
+    if request.first:
+        after = start_cursor(redis, request.stream, after)
+    entry = read_next(redis, request.stream, after, None)
+    if entry is None:
+        on_waiting(after)
+    while entry is None:
+        entry = read_next(redis, request.stream, after, _BLOCK_MS)
+    return entry
+
+
+def _open(entry: Entry, request: LoaderRequest) -> leyline.BusEnvelope | None:
+    """The verified envelope; None when it carries something that is not for us."""
+    keyring = None
+    if request.secrets is not None:
+        keyring = Keyring(*(secret.encode() for secret in request.secrets))
+    envelope = open_envelope(entry.fields, keyring, request.max_bytes)
+    return envelope if envelope.message_type == leyline.BUS_MESSAGE_TYPE_POLICY_UPDATE else None
+
+
+def _examine_update(
+    entry: Entry,
+    update: leyline.PolicyUpdate,
+    attributes: dict[str, str],
+    known: Finding,
+    request: LoaderRequest,
+) -> Finding:
+    from tamiyo_svc.policy.update import TakenUpdates, check_order, read_action
+
+    action = read_action(attributes)
+    if request.verify_updates:
+        taken = TakenUpdates(request.issued_ns, request.digests)
+        check_order(update, known.update, entry.added_ms, taken, request.freshness_s)
+    with_weights = action in (PolicyUpdateAction.APPLY, PolicyUpdateAction.SHADOW)
+    if not with_weights or not update.payload:
+        if action is PolicyUpdateAction.SHADOW:
+            raise PolicyRejectedError(PolicyRejection.INVALID_PAYLOAD, "no candidate to shadow")
+        if action is PolicyUpdateAction.APPLY and not update.tamiyo_policy_version:
+            raise PolicyRejectedError(PolicyRejection.INVALID_PAYLOAD, "neither payload nor name")
+        return replace(known, action=action)
+    return _load(update, replace(known, action=action), request)
+
+
+def _load(update: leyline.PolicyUpdate, known: Finding, request: LoaderRequest) -> Finding:
+    """Load, replay what the checkpoint brings as its test, and leave the weights in a file."""
+    import torch
+
+    from tamiyo_svc.adapters.policy_store import PolicyStore
+    from tamiyo_svc.graph.builder import GraphBuilder, GraphLimits
+    from tamiyo_svc.graph.vocabulary import Vocabularies
+    from tamiyo_svc.policy.checkpoint import read_checkpoint, write_policy
+    from tamiyo_svc.policy.evaluator import PolicyEvaluator
+    from tamiyo_svc.policy.golden import read_golden, replay_golden, sample_requests
+
+    torch.set_num_threads(1)
+    vocabularies = Vocabularies(request.vocabularies)
+    checkpoint = read_checkpoint(
+        update.payload,
+        vocabularies,
+        max_bytes=request.max_bytes,
+        check_architecture=request.verify_updates,
+    )
+    golden = read_golden(checkpoint.metadata.get("golden"))
+    policy = checkpoint.build(update.policy_id, update.tamiyo_policy_version)
+    builder = GraphBuilder(GraphLimits(**request.limits), vocabularies)
+    evaluator = PolicyEvaluator(builder, policy)
+    replay_golden(evaluator, [(sample, {}) for sample in sample_requests()])
+    replay_golden(evaluator, golden)
+    try:
+        # `created_at` is the maker's; the file is ours and needs none.
+        name = PolicyStore(Path(request.folder)).write(
+            policy.digest, write_policy(policy, Vocabularies(request.vocabularies), "")
+        )
+    except OSError as error:
+        raise PolicyRejectedError(
+            PolicyRejection.SWAP_FAILED, f"it cannot be kept: {error.strerror}"
+        ) from error
+    return replace(
+        known,
+        file=name,
+        digest=policy.digest,
+        golden=len(golden),
+        policy_id=policy.policy_id,
+        version=policy.version,
+    )
+
+
+def _refused(finding: Finding, reason: str, detail: str) -> Finding:
+    return replace(finding, reason=str(reason), detail=detail[:400])
+
+
+def _say(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def _follow_parent(requests: queue.SimpleQueue[str]) -> None:
+    """Pass requests on; end with the service, whatever ended it: its end of the pipe closes."""
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(1)
+
+
+def _bound_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _MAX_DATA_BYTES if hard == resource.RLIM_INFINITY else min(hard, _MAX_DATA_BYTES)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""`tamiyo policy publish, ls, rollback and promote` against a real service."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from support.bus import SECRET, Bus
+from support.policies import checkpoint
+from support.running import StartService
+from typer.testing import CliRunner, Result
+
+from tamiyo_svc.cli.main import app
+
+pytestmark = pytest.mark.redis
+
+
+async def tamiyo(redis_url: str, *arguments: str | Path, secret: str = SECRET) -> Result:
+    """Run a command beside the service."""
+    environment = {"REDIS_URL": redis_url, "ESPER_LEYLINE_SECRET": secret}
+    texts = [str(argument) for argument in arguments]
+    return await asyncio.to_thread(
+        lambda: CliRunner(env=environment).invoke(app, ["policy", *texts])
+    )
+
+
+async def test_publishing_waits_for_every_replica_and_rolling_back_undoes_it(
+    bus: Bus, start_service: StartService, redis_url: str, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        await start_service(consumer_name=name, state_dir=tmp_path / name)
+    good, other = tmp_path / "good", tmp_path / "other"
+    good.write_bytes(checkpoint(1.0))
+    other.write_bytes(checkpoint(2.0))
+
+    first = await tamiyo(redis_url, "publish", good, "--version", "v1")
+    second = await tamiyo(redis_url, "publish", other, "--version", "v2")
+    listed = await tamiyo(redis_url, "ls", "--json")
+    undone = await tamiyo(redis_url, "rollback")
+    again = await tamiyo(redis_url, "rollback")
+
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    # The services of this test log to the same place.
+    assert all(f"{name}: took it" in first.output for name in ("one", "two"))
+    assert listed.output.count('"version": "v2"') == 2
+    assert undone.exit_code == 0, undone.output
+    assert again.exit_code == 1
+    assert "nothing to go back to" in again.output
+    assert SECRET not in first.output + undone.output + again.output
+
+
+async def test_a_candidate_is_shadowed_and_promoted(
+    bus: Bus, start_service: StartService, redis_url: str, tmp_path: Path
+) -> None:
+    await start_service()
+    path = tmp_path / "candidate"
+    path.write_bytes(checkpoint(2.0))
+
+    nothing = await tamiyo(redis_url, "promote")
+    shadowed = await tamiyo(redis_url, "publish", path, "--shadow", "--version", "v2")
+    promoted = await tamiyo(redis_url, "promote")
+
+    assert nothing.exit_code == 1
+    assert "no candidate in shadow" in nothing.output
+    assert shadowed.exit_code == 0, shadowed.output
+    assert promoted.exit_code == 0, promoted.output
+
+
+async def test_a_refusal_is_the_answer_and_a_forger_gets_none(
+    bus: Bus, start_service: StartService, redis_url: str, tmp_path: Path
+) -> None:
+    await start_service()
+    path = tmp_path / "broken"
+    path.write_bytes(checkpoint(3e38, heads__value__weight=3e38))
+
+    refused = await tamiyo(redis_url, "publish", path)
+    forged = await tamiyo(
+        redis_url, "publish", path, "--timeout", "3", secret="another secret, a wrong one"
+    )
+
+    assert refused.exit_code == 1
+    assert "probe_failed" in refused.output
+    assert forged.exit_code == 1
+    assert "no answer within 3 s" in forged.output

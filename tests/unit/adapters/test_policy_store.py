@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.policies import POLICY_ID, checkpoint, trained
+
+from tamiyo_svc.adapters.policy_store import KeptPolicy, Manifest, PolicyStore
+from tamiyo_svc.errors import PolicyRejectedError
+from tamiyo_svc.graph.vocabulary import Vocabularies
+from tamiyo_svc.policy.update import TakenUpdates
+
+
+def _kept(store: PolicyStore, value: float = 1.0) -> KeptPolicy:
+    digest = trained(value).digest
+    return KeptPolicy(POLICY_ID, f"v{value:g}", digest, store.write(digest, checkpoint(value)))
+
+
+def test_what_was_kept_is_there_after_a_restart(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    manifest = Manifest("5-1", _kept(store), None, TakenUpdates({"p": 7}, ("d",)))
+    store.save(manifest)
+
+    again = PolicyStore(tmp_path)
+
+    assert again.load() == manifest
+    assert manifest.current is not None
+    policy = again.open(manifest.current, Vocabularies())
+    assert (policy.policy_id, policy.version) == (POLICY_ID, "v1")
+    assert policy.digest == trained(1.0).digest
+    assert not policy.untrained
+
+
+def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+    assert PolicyStore(tmp_path / "new").load() == Manifest()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1}'])
+def test_a_manifest_that_cannot_be_read_is_as_good_as_none(tmp_path: Path, text: str) -> None:
+    store = PolicyStore(tmp_path)
+    store.save(Manifest("5-1"))
+    (store.folder / "manifest.json").write_text(text)
+
+    assert store.load() == Manifest()
+
+
+def test_the_policy_before_is_kept_and_a_new_name_is_no_new_policy(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    first, second = _kept(store, 1.0), _kept(store, 2.0)
+
+    manifest = Manifest(current=first).with_current(second)
+    renamed = manifest.with_current(replace(second, version="final"))
+
+    assert (manifest.current, manifest.previous) == (second, first)
+    assert (renamed.current, renamed.previous) == (replace(second, version="final"), first)
+
+
+def test_files_that_nothing_names_are_swept(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    kept = [_kept(store, value) for value in (1.0, 2.0, 3.0, 4.0)]
+    manifest = Manifest(current=kept[0], previous=kept[1])
+    store.save(manifest)
+    (store.folder / "half.tmp").write_bytes(b"")
+
+    store.sweep(manifest, kept[2].file)
+
+    names = {path.name for path in store.folder.iterdir()}
+    assert names == {"manifest.json", kept[0].file, kept[1].file, kept[2].file}
+
+
+@pytest.mark.parametrize("damage", ["cut", "swapped", "removed", "header"])
+def test_a_damaged_file_is_not_opened(tmp_path: Path, damage: str) -> None:
+    store = PolicyStore(tmp_path)
+    kept = _kept(store)
+    path = store.folder / kept.file
+    match damage:
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "swapped":
+            path.write_bytes(checkpoint(2.0))
+        case "header":
+            path.write_bytes(b"\xff" * 64)
+        case _:
+            path.unlink()
+
+    with pytest.raises(PolicyRejectedError, match="invalid_payload"):
+        store.open(kept, Vocabularies())
+
+
+def test_built_in_policies_need_no_file(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+
+    policy = store.open(KeptPolicy("bootstrap", "renamed", ""), Vocabularies())
+
+    assert (policy.policy_id, policy.version, policy.untrained) == ("bootstrap", "renamed", True)
+    with pytest.raises(PolicyRejectedError):
+        store.open(KeptPolicy("elsewhere", "1", ""), Vocabularies())
+
+
+def test_a_crash_while_saving_leaves_the_manifest_as_it_was(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    store.save(Manifest("1-0"))
+    # What a crash leaves behind: the new text, not yet under the name that counts.
+    (store.folder / "manifest.json.99.tmp").write_text(json.dumps({"format": 1})[:5])
+
+    assert store.load() == Manifest("1-0")
