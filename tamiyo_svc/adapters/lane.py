@@ -126,8 +126,8 @@ class DeviceLane(Generic[T, R]):
         """Have one request answered by `deadline`.
 
         Raises:
-            TimeoutError: it was not answered in time.
-            LaneBusyError: an overrun job occupies the thread.
+            TimeoutError: it ran and was not answered in time, or came too late to run.
+            LaneBusyError: it could not run in time because others occupy the thread.
             InferenceError: the worker could not answer this request.
         """
         if self._overrun or not self.ready:
@@ -313,8 +313,12 @@ class DeviceLane(Generic[T, R]):
     def _expire(self, job: _Job[T, R]) -> None:
         if job.future.done():
             return
+        if job not in self._running:
+            # It never ran, so this says nothing about inference.
+            job.future.set_exception(LaneBusyError("the device lane was occupied until too late"))
+            return
         job.future.set_exception(TimeoutError())
-        if job not in self._running or self._overrun:
+        if self._overrun:
             return
         self._overrun = True
         for waiting in self._waiting:

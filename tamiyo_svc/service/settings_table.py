@@ -182,7 +182,12 @@ class SettingsTable(BaseSettings):
         ge=1,
     )
     partitions: int = _bus(
-        "OONA_PARTITIONS", 1, "Normal streams that runs are spread over.", ge=1, le=1024
+        "OONA_PARTITIONS",
+        1,
+        "Normal streams that runs are spread over; this release serves one.",
+        takes="1",
+        ge=1,
+        le=1,
     )
 
     secret: Secret | None = _secret_text(

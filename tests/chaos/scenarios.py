@@ -96,6 +96,7 @@ def replicas(
                     "http_port": 0,
                     "consumer_name": f"replica-{index}",
                     "block_ms": 200,
+                    "cpu_engine": "eager",
                     "claim_idle_ms": 400,
                     "commit_timeout_ms": 1000,
                     "state_max_age_ms": 600_000,

@@ -60,6 +60,7 @@ async def start_service(redis_url: str, tmp_path: Path) -> AsyncIterator[StartSe
                     "http_host": "127.0.0.1",
                     "http_port": 0,
                     "block_ms": 100,
+                    "cpu_engine": "eager",
                     "step_timeout_ms": 2000.0,
                     "state_max_age_ms": 20_000,
                     **overrides,

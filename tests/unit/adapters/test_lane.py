@@ -132,7 +132,7 @@ async def test_expired_waiter_never_reaches_the_thread() -> None:
     async with running(worker) as lane:
         first = asyncio.create_task(lane.submit(-1, far()))
         await asyncio.to_thread(worker.entered.wait)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(LaneBusyError):
             await lane.submit(1, soon())
         worker.gate.set()
         assert await first == -2

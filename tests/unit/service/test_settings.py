@@ -98,6 +98,7 @@ DEFAULTS = {
     "TAMIYO_HTTP_PORT": 9464,
     "TAMIYO_LOG_LEVEL": "INFO",
     "TAMIYO_LOG_FORMAT": "auto",
+    "TAMIYO_OTLP_ENDPOINT": None,
 }
 
 
