@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/tamiyo demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/chaos/campaign.py
