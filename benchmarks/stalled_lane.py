@@ -39,6 +39,7 @@ from tamiyo_svc.trainer.blueprints import write_catalog
 
 SECRET = "a secret for the benchmark"
 STALL_S = 0.2
+BUDGET_MS = 5.0
 
 
 class Stalling:
@@ -110,8 +111,10 @@ def load(url: str, stalls: int) -> None:
             for metric in packet.metrics
             if metric.name == "tamiyo.step.latency_ms"
         ]
-    print(f"{stalls} stalls of {STALL_S * 1e3:g} ms, budget 5 ms, {machine()}")
+    print(f"{stalls} stalls of {STALL_S * 1e3:g} ms, budget {BUDGET_MS:g} ms, {machine()}")
     show("read to command ready", steps_ms)
+    within = sum(step_ms <= BUDGET_MS + 1 for step_ms in steps_ms)
+    print(f"ready within the budget plus 1 ms: {within} of {len(steps_ms)}")
     show("publish to command received", stalled_ms)
     print(f"decided by the policy after the stall: {decided} of {stalls}")
 

@@ -86,7 +86,7 @@ class PathOptions:
 
     step_timeout_ms: float = 5.0
     metadata_timeout_ms: float = 10.0
-    reserve_ms: float = 0.6
+    reserve_ms: float = 1.2
     """Kept back from the lane for rules, command and signature."""
     timeout_action: TimeoutAction = TimeoutAction.PAUSE
     state_max_age_ms: float = 1000.0
