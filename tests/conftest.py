@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from redis import Redis
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> None:
+    """Log lines without the rich tracebacks that hold up the event loop for half a second."""
+    structlog.configure(
+        processors=[
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ]
+    )
 
 
 @pytest.fixture(scope="session")

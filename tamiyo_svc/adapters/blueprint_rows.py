@@ -48,6 +48,8 @@ def parse_blueprint(blueprint_id: str, text: str, skipped: Counter[str]) -> Blue
         if not isinstance(data, dict):
             raise ValueError("metadata_json is not an object")
         extras = data.pop("_urza", None)
+        # A lone surrogate in a map's key makes protobuf raise SystemError; no text holds one.
+        json.dumps(data, ensure_ascii=False).encode()
         descriptor: Message = json_format.ParseDict(
             data, leyline.BlueprintDescriptor(), ignore_unknown_fields=True
         )

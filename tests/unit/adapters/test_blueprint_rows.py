@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tamiyo_svc.adapters.blueprint_rows import SKIPPED_PARTS, parse_blueprint
@@ -158,6 +158,8 @@ _JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(_NAMES, _JSON, max_size=6) | _JSON)
+@example({"allowed_parameters": {"risk": "\ud800"}})
+@example({"allowed_parameters": {"\ud800": {"min_value": 0}}})
 def test_no_row_raises_anything_else(value: Any) -> None:
     skipped: Counter[str] = Counter()
     try:
