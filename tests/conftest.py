@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,12 +14,17 @@ from tamiyo_svc.adapters.embedded import EmbeddedRedis
 
 @pytest.fixture(autouse=True)
 def plain_logs() -> None:
-    """Log lines without the rich tracebacks that hold up the event loop for half a second."""
+    """Log lines on the real stderr, without rich tracebacks.
+
+    Those hold up the event loop for half a second, and lines on stdout would mix with what a
+    command under test prints.
+    """
     structlog.configure(
         processors=[
             structlog.processors.format_exc_info,
             structlog.processors.KeyValueRenderer(key_order=["event"]),
-        ]
+        ],
+        logger_factory=structlog.PrintLoggerFactory(file=sys.__stderr__),
     )
 
 
