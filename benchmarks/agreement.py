@@ -1,8 +1,8 @@
-"""Whether bfloat16 weights decide as float32 ones do, over a recorded stream of packets.
+"""Whether float16 weights decide as float32 ones do, over a recorded stream of packets.
 
 `python -m benchmarks.agreement [--packets N]`; prints the largest error of every head and the
-share of packets with the same action, seed and blueprint. The network's weights are random and
-scaled up, so that actions change along the stream.
+share of packets with the same action, seed and blueprint. The network's weights are random, with
+heads that are made to choose every action now and then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from benchmarks import workload
 from tamiyo_svc.adapters.compiler import load_compiled
 from tamiyo_svc.graph.graph import Graph
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.policy.compiled import CompiledNetwork
+from tamiyo_svc.policy.compiled import CompiledNetwork, Library
 from tamiyo_svc.policy.folding import Outputs, fold_weights
 from tamiyo_svc.policy.network import TamiyoNetwork
 from tamiyo_svc.policy.proposal import propose
@@ -29,6 +30,7 @@ from tamiyo_svc.taxonomy import WeightDtype
 
 _BATCH: Final = 32
 _HEAD_GAIN: Final = 8.0
+_SAMPLE: Final = 64
 _STAGES: Final = (
     leyline.SEED_STAGE_DORMANT,
     leyline.SEED_STAGE_GERMINATED,
@@ -46,13 +48,13 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         library = load_compiled(Path(folder))
-    network = decided(workload.network())
-    weights = fold_weights(network)
+    builder, candidates = workload.builder(), workload.blueprints()
+    sample = [builder.build(varied(count + step), candidates, {}) for step in range(1, _SAMPLE + 1)]
+    weights = fold_weights(decided(workload.network(), library, sample))
     exact, rounded = (CompiledNetwork(library, weights, dtype) for dtype in WeightDtype)
     errors: dict[str, float] = {}
     same = 0
     actions: Counter[str] = Counter()
-    builder, candidates = workload.builder(), workload.blueprints()
     for start in range(0, count, _BATCH):
         packets = [varied(step) for step in range(start + 1, min(start + _BATCH, count) + 1)]
         graphs = [builder.build(packet, candidates, {}) for packet in packets]
@@ -74,15 +76,18 @@ def main() -> None:
     console.print(f"same action, seed and blueprint: {same / count:.4%}", highlight=False)
 
 
-def decided(network: TamiyoNetwork) -> TamiyoNetwork:
-    """The network with heads strong enough to prefer one action clearly, and not always the same.
+def decided(network: TamiyoNetwork, library: Library, sample: Sequence[Graph]) -> TamiyoNetwork:
+    """The network with heads that tell packets apart and prefer no action on the average of them.
 
-    A trained policy does that; random heads give nearly equal logits, whose order is noise.
+    Random heads give nearly the same logits whatever they see, so one action would always win.
     """
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if name.startswith("heads.") and name.endswith("weight"):
                 weight.mul_(_HEAD_GAIN)
+        outputs = CompiledNetwork(library, fold_weights(network)).evaluate(sample)
+        logits = torch.tensor([each["policy_logits"] for each in outputs])
+        network.get_parameter("heads.policy.bias").sub_(logits.mean(dim=0))
     return network
 
 

@@ -271,7 +271,7 @@ class WeightDtype(StrEnum):
     """Number format of the served network's weights."""
 
     FP32 = "fp32"
-    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 class Stage(StrEnum):

@@ -10,16 +10,20 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 extern "C" {
 
 // (k, n) weights in panels of `tamiyo_panel()` columns, each contiguous; the last one padded, as is
-// the bias. `is_bf16` says what the weights are; k is 0 for a matrix that is not there.
+// the bias. `is_fp16` says what the weights are; k is 0 for a matrix that is not there.
 struct Matrix {
   const void *panels;
   const float *bias;
   int32_t k;
   int32_t n;
-  int32_t is_bf16;
+  int32_t is_fp16;
 };
 
 struct AttentionLayer {
@@ -89,14 +93,29 @@ inline Vector load(const float *from) {
   return value;
 }
 
-// A bfloat16 is the upper half of a float.
+// Finite float16 values.
 inline Vector load(const uint16_t *from) {
+#if defined(__AVX512F__)
+  // Masked, for GCC 12 warns of its own header otherwise.
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+  return (Vector)_mm512_maskz_cvtph_ps(0xffff, halves);
+#elif defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#else
+  // Exponent and fraction at their places in a float32, whose exponent counts from 112 lower.
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
-  Words words = __builtin_convertvector(halves, Words) << 16;
+  const Words words = __builtin_convertvector(halves, Words);
+  const Words magnitude = (words & 0x7fffu) << 13, sign = (words & 0x8000u) << 16;
   Vector value;
-  std::memcpy(&value, &words, sizeof value);
+  std::memcpy(&value, &magnitude, sizeof value);
+  value *= 0x1p112f;
+  Words bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
   return value;
+#endif
 }
 
 // After Cephes' expf, relative error below 2e-7 for arguments from -87 to 88, which bound it.
@@ -174,7 +193,7 @@ void apply(const Matrix &matrix, const float *x, int rows, size_t stride, float 
 // y = x W + b for (rows, k) x with `stride` floats between rows.
 void project(const Matrix &matrix, const float *x, int rows, size_t stride, float *y,
              size_t y_stride) {
-  if (matrix.is_bf16)
+  if (matrix.is_fp16)
     apply<uint16_t>(matrix, x, rows, stride, y, y_stride);
   else
     apply<float>(matrix, x, rows, stride, y, y_stride);

@@ -31,6 +31,7 @@ SOURCE: Final = Path(__file__).with_name("compiled.cpp")
 
 _MAX_PLANS: Final = 256
 _ALIGNMENT: Final = 64
+_LARGEST_FP16: Final = float(np.finfo(np.float16).max)
 
 
 class _Matrix(ctypes.Structure):
@@ -39,7 +40,7 @@ class _Matrix(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("k", ctypes.c_int32),
         ("n", ctypes.c_int32),
-        ("is_bf16", ctypes.c_int32),
+        ("is_fp16", ctypes.c_int32),
     )
 
 
@@ -116,9 +117,9 @@ class _Planned:
 class CompiledNetwork:
     """Evaluates graphs; within 1e-5 of the network it came from with float32 weights.
 
-    With bfloat16 weights the wide projections read half the bytes; sums stay in float32, so the
-    error is that of rounding each weight to 8 bits. Plans are kept per topology, which makes it
-    unfit for two threads at once.
+    With float16 weights the wide projections read half the bytes; sums stay in float32, so the
+    error is that of rounding each weight to 11 bits. A matrix that float16 has not the range for
+    stays in float32. Plans are kept per topology, which makes it unfit for two threads at once.
     """
 
     def __init__(
@@ -239,11 +240,7 @@ class CompiledNetwork:
     def _matrix(self, weight: Tensor, bias: Tensor, dtype: WeightDtype | None = None) -> _Matrix:
         """A matrix from (out, in) weights; those with a `dtype` go into the block."""
         panels = _panels(weight, self._library.panel)
-        is_bf16 = dtype is WeightDtype.BF16
-        if is_bf16:
-            stored = torch.from_numpy(panels).bfloat16().view(torch.int16).numpy()
-        else:
-            stored = panels
+        stored = panels if dtype is None else panels.astype(_format(weight, dtype))
         if dtype is not None:
             address = self._block.append(stored)
         else:
@@ -252,7 +249,8 @@ class CompiledNetwork:
         padded = np.zeros(panels.shape[0] * self._library.panel, np.float32)
         padded[: len(bias)] = bias.numpy()
         self._kept.append(padded)
-        return _Matrix(address, _address(padded), weight.shape[1], weight.shape[0], is_bf16)
+        is_fp16 = stored.dtype == np.float16
+        return _Matrix(address, _address(padded), weight.shape[1], weight.shape[0], is_fp16)
 
     def _floats(self, values: Tensor) -> int:
         return self._keep(values.contiguous().numpy())
@@ -300,8 +298,13 @@ def _panels(weight: Tensor, panel: int) -> Floats:
 
 def _panel_bytes(weight: Tensor, panel: int, dtype: WeightDtype) -> int:
     outputs, inputs = weight.shape
-    width = 2 if dtype is WeightDtype.BF16 else 4
-    return _aligned(-(-outputs // panel) * panel * inputs * width)
+    return _aligned(-(-outputs // panel) * panel * inputs * _format(weight, dtype).itemsize)
+
+
+def _format(weight: Tensor, dtype: WeightDtype) -> np.dtype[Any]:
+    """How a matrix is stored: as asked, unless it holds what float16 would turn into infinity."""
+    fits = float(weight.abs().amax()) <= _LARGEST_FP16
+    return np.dtype(np.float16 if dtype is WeightDtype.FP16 and fits else np.float32)
 
 
 def _aligned(size: int) -> int:

@@ -27,12 +27,14 @@ from tamiyo_svc.errors import InvalidPacketError
 from tamiyo_svc.graph.builder import GraphBuilder
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import EnvelopeRejectedError
+from tamiyo_svc.policy.engines import Engines
 from tamiyo_svc.policy.evaluator import PolicyEvaluator, PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.risk.breaker import BreakerPolicy
 from tamiyo_svc.risk.mode import step_mode
 from tamiyo_svc.runs.state import EMPTY, RunState, fold, is_duplicate
 from tamiyo_svc.service.evaluate import PacketPath
+from tamiyo_svc.service.forms import serving_forms
 from tamiyo_svc.service.notices import alarm_event
 from tamiyo_svc.service.outcomes import Ledger, Received
 from tamiyo_svc.service.recording import RecordedNotice, RecordedPacket, Recording
@@ -203,9 +205,14 @@ async def _offline(settings: Settings, clock: _RecordedClock) -> AsyncIterator[_
     keyring = settings.keyring() if settings.secret is not None else None
     metrics = Metrics((settings.normal_stream, settings.emergency_stream))
     limits = graph_limits(settings)
+    engines = Engines(serving_forms(settings))
     lane = DeviceLane[PolicyRequest, Proposal](
         lambda: PolicyEvaluator(
-            GraphBuilder(limits, vocabularies), policy, settings.cpu_threads, clock=lambda: 0.0
+            GraphBuilder(limits, vocabularies),
+            policy,
+            settings.cpu_threads,
+            clock=lambda: 0.0,
+            engines=engines,
         ),
         max_batch=1,
     )

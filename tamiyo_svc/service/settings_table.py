@@ -275,7 +275,9 @@ class SettingsTable(BaseSettings):
         "TAMIYO_CPU_ENGINE", CpuEngine.AUTO, "How the network runs on a CPU."
     )
     weight_dtype: WeightDtype = _device(
-        "TAMIYO_WEIGHT_DTYPE", WeightDtype.FP32, "Number format of the served weights."
+        "TAMIYO_WEIGHT_DTYPE",
+        WeightDtype.FP16,
+        "Number format of the wide weights in the CPU's compiled form.",
     )
     keep_warm: bool = _device(
         "TAMIYO_KEEP_WARM",

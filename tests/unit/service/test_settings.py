@@ -56,7 +56,7 @@ DEFAULTS = {
     "TAMIYO_ENABLE_COMPILE": None,
     "TAMIYO_CPU_THREADS": 1,
     "TAMIYO_CPU_ENGINE": "auto",
-    "TAMIYO_WEIGHT_DTYPE": "fp32",
+    "TAMIYO_WEIGHT_DTYPE": "fp16",
     "TAMIYO_KEEP_WARM": False,
     "TAMIYO_MAX_BATCH": 64,
     "TAMIYO_STATE_DIR": "var/tamiyo",
