@@ -50,6 +50,8 @@ from tamiyo_svc.service.outcomes import (
     Ledger,
     PathOptions,
     Received,
+    Sorted,
+    Unconfirmed,
     sort_waiting,
 )
 from tamiyo_svc.service.state import ReplicaState
@@ -57,7 +59,6 @@ from tamiyo_svc.taxonomy import (
     BreakerName,
     CommandAction,
     InferenceStatus,
-    Outcome,
     Stage,
     TimeoutPath,
 )
@@ -135,7 +136,7 @@ class PacketPath:
         after all is recognised there, what became too old meanwhile is not decided any more.
         """
         waiting = list(batch)
-        uncertain: set[tuple[str, str]] = set()
+        unconfirmed = Unconfirmed()
         for received in waiting:
             age_ms = self._server_clock.now_ms() - received.entry.added_ms
             self._metrics.observe_packet_age(age_ms / 1e3)
@@ -145,7 +146,7 @@ class PacketPath:
             if answer is not None:
                 self._replica.give_back(answer.transitions)
             answer = None
-            leader = waiting[0].entry
+            plan = Sorted(None)
             try:
                 version, state = await self._runs.load(run_id)
                 plan = sort_waiting(waiting, state, self._options, self._server_clock.now_ms())
@@ -154,27 +155,25 @@ class PacketPath:
                 if plan.newest is not None:
                     answer = await self.decide(plan.newest, state)
                 commit, after = self._ledger.commit(run_id, version, state, plan, answer)
-                leader = commit.acks[0]
                 started = self._clock()
                 await self._committer.commit(commit)
             except CommitConflictError:
                 self._metrics.commit_conflict()
                 self._runs.forget(run_id)
             except DuplicateEntryError:
-                # Someone else acknowledged the leading entry; the others still need an outcome.
+                # The leading entry is acknowledged already; the others still need an outcome.
                 self._runs.forget(run_id)
-                self._metrics.packet_ended(Outcome.DUPLICATE)
-                waiting = [received for received in waiting if received.entry.key != leader.key]
+                leader, *waiting = plan.packets
+                self._ledger.account(*unconfirmed.end_of(leader))
             except BusError as error:
-                # The commit may have been applied; then this run's memory will tell.
-                uncertain.add(leader.key)
+                unconfirmed.note(plan, answer)
                 self._runs.forget(run_id)
                 self._health.failed(error)
             else:
                 self._timed_commit(started, answer)
                 if commit.run is not None:
                     self._runs.remember(run_id, version + 1, after)
-                self._ledger.account(plan, answer, uncertain)
+                self._ledger.account(plan, answer)
                 if answer is not None and answer.decision.signals.metadata.timed_out:
                     self._fetches.told(run_id)
                 return

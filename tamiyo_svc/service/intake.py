@@ -77,6 +77,10 @@ class Intake:
         self._notices = notices
         self._mailboxes: dict[str, list[Received]] = {}
         self._in_flight: set[tuple[str, str]] = set()
+        # One look at pending entries at a time, and what ended here since it began: its reply
+        # may still name those.
+        self._looking = asyncio.Lock()
+        self._ended_since: set[tuple[str, str]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._room.set()
@@ -116,13 +120,15 @@ class Intake:
             await self._health.wait_up()
             for stream in self._consumer.streams:
                 try:
-                    entries = await self._consumer.claim_idle(
-                        stream, self._limits.claim_idle_ms, self._limits.read_count
-                    )
+                    async with self._looking:
+                        self._ended_since.clear()
+                        entries = await self._consumer.claim_idle(
+                            stream, self._limits.claim_idle_ms, self._limits.read_count
+                        )
+                        self._dispatch(entries)
                 except BusError as error:
                     self._health.failed(error)
                     break
-                self._dispatch(entries)
 
     async def drain(self) -> None:
         """Wait until everything read so far has ended."""
@@ -138,9 +144,12 @@ class Intake:
     async def _recover_pending(self) -> None:
         for stream in self._consumer.streams:
             after = "0"
-            while entries := await self._consumer.pending(stream, after, self._limits.read_count):
-                after = entries[-1].entry_id
-                self._dispatch(entries)
+            while after:
+                async with self._looking:
+                    self._ended_since.clear()
+                    entries = await self._consumer.pending(stream, after, self._limits.read_count)
+                    self._dispatch(entries)
+                after = entries[-1].entry_id if entries else ""
                 await self._room.wait()
 
     def _dispatch(self, entries: Sequence[Entry]) -> None:
@@ -148,7 +157,7 @@ class Intake:
         read_at = time.perf_counter()
         ignored: list[Entry] = []
         for entry in entries:
-            if entry.key in self._in_flight:
+            if entry.key in self._in_flight or entry.key in self._ended_since:
                 continue
             if PAYLOAD_FIELD not in entry.fields:
                 self._metrics.entry_ignored("no_payload")
@@ -289,7 +298,10 @@ class Intake:
             self._health.failed(error)
 
     def _ended(self, entries: Iterable[Entry]) -> None:
-        self._in_flight.difference_update(entry.key for entry in entries)
+        keys = {entry.key for entry in entries}
+        self._in_flight -= keys
+        if self._looking.locked():
+            self._ended_since |= keys
         if len(self._in_flight) < self._limits.in_flight:
             self._room.set()
 

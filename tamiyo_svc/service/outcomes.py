@@ -65,6 +65,26 @@ class Sorted:
     expired: tuple[Received, ...] = ()
     duplicates: tuple[Received, ...] = ()
 
+    @property
+    def packets(self) -> tuple[Received, ...]:
+        """All of them, the one to be decided first."""
+        leading = () if self.newest is None else (self.newest,)
+        return (*leading, *self.superseded, *self.late, *self.expired, *self.duplicates)
+
+    def only(self, packet: Received) -> Sorted:
+        """The part of this that concerns one packet."""
+
+        def its(packets: Sequence[Received]) -> tuple[Received, ...]:
+            return tuple(one for one in packets if one is packet)
+
+        return Sorted(
+            newest=packet if self.newest is packet else None,
+            superseded=its(self.superseded),
+            late=its(self.late),
+            expired=its(self.expired),
+            duplicates=its(self.duplicates),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -138,6 +158,26 @@ def sort_waiting(
     )
 
 
+class Unconfirmed:
+    """How packets were to end in commits that got no reply and may have been applied."""
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[str, str], tuple[Sorted, Answer | None]] = {}
+
+    def note(self, plan: Sorted, answer: Answer | None) -> None:
+        """Remember a commit that got no reply."""
+        for packet in plan.packets:
+            # A packet that its run knows by now was decided by an earlier one of these.
+            if packet in plan.duplicates and packet.entry.key in self._ends:
+                continue
+            self._ends[packet.entry.key] = plan.only(packet), answer
+
+    def end_of(self, packet: Received) -> tuple[Sorted, Answer | None]:
+        """How a packet ended that turns out to be acknowledged: by us, else by someone else."""
+        elsewhere = Sorted(None, duplicates=(packet,)), None
+        return self._ends.get(packet.entry.key, elsewhere)
+
+
 class Ledger:
     """Turns answers into commits, and commits that were applied into counts."""
 
@@ -168,17 +208,7 @@ class Ledger:
         answer: Answer | None,
     ) -> tuple[Commit, RunState]:
         """Everything the outcome of these packets changes, and the state it leaves."""
-        leading = () if plan.newest is None else (plan.newest,)
-        acks = [
-            received.entry
-            for received in (
-                *leading,
-                *plan.superseded,
-                *plan.late,
-                *plan.expired,
-                *plan.duplicates,
-            )
-        ]
+        acks = [packet.entry for packet in plan.packets]
         if answer is None and not plan.expired:
             return Commit(acks), before
         outputs: list[Output] = []
@@ -236,14 +266,12 @@ class Ledger:
         )
         return self._dispatch.output(notice, event.severity, {"training_run_id": run_id})
 
-    def account(self, plan: Sorted, answer: Answer | None, uncertain: set[tuple[str, str]]) -> None:
+    def account(self, plan: Sorted, answer: Answer | None) -> None:
         """Count how everything ended, once it is certain."""
         ended = self._metrics.packet_ended
         ended(Outcome.SUPERSEDED, len(plan.superseded) + len(plan.late))
         ended(Outcome.EXPIRED, len(plan.expired))
-        for received in plan.duplicates:
-            ours = received.entry.key in uncertain
-            ended(Outcome.DECIDED if ours else Outcome.DUPLICATE)
+        ended(Outcome.DUPLICATE, len(plan.duplicates))
         if plan.expired:
             self._metrics.event_reported(Event.PACKETS_EXPIRED, Severity.WARNING)
         if answer is None or plan.newest is None:

@@ -19,7 +19,8 @@ class FaultyProxy:
     Faults are plain attributes that may be set at any time: `delay_s` before each chunk in both
     directions, `stall_share` of the chunks held for `stall_s`, `silent` accepts and forwards
     nothing, `swallow` is asked for each request chunk and answers whether to drop its reply by
-    closing the connection instead.
+    closing the connection instead, `hold` is asked for each reply chunk, again and again until it
+    may pass.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -31,6 +32,7 @@ class FaultyProxy:
         self.silent = False
         self.refusing = False
         self.swallow: Callable[[bytes], bool] = lambda request: False
+        self.hold: Callable[[bytes], bool] = lambda reply: False
         self.swallowed = 0
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -112,7 +114,7 @@ class FaultyProxy:
                 await asyncio.sleep(self.delay_s)
             if self.stall_share and random.random() < self.stall_share:
                 await asyncio.sleep(self.stall_s)
-            while self.silent:
+            while self.silent or (not request and self.hold(chunk)):
                 await asyncio.sleep(0.01)
             if request and self.swallow(chunk):
                 self.swallowed += 1
