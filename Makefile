@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench chaos campaign lint types imports rules generated check protos docs clean
+.PHONY: demo test bench chaos soak campaign lint types imports rules generated check protos docs clean
 
 demo: $(READY)
 	$(BIN)/tamiyo demo
@@ -13,6 +13,9 @@ test: $(READY)
 
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/chaos/campaign.py
+
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py
 
 campaign: $(READY)
 	$(BIN)/python tests/chaos/policy_campaign.py kills 50
@@ -25,7 +28,6 @@ bench: $(READY)
 	$(BIN)/tamiyo bench --catalog tests/data/urza_catalog.db --blueprint demo-safe
 	$(BIN)/tamiyo bench --catalog tests/data/urza_catalog.db --blueprint demo-safe \
 		--trainers 64 --rate 0 --seconds 20 --set TAMIYO_STEP_TIMEOUT_MS=1000
-	$(BIN)/python -m benchmarks.soak
 
 check: lint types imports rules generated
 

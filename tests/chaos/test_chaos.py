@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from chaos import scenarios
+from chaos.soak import soak
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(180)]
 
@@ -13,7 +14,8 @@ SHORT: list[tuple[Callable[[int], scenarios.Figures], int]] = [
     (scenarios.kill_under_load, 3),
     (scenarios.kill_one_of_three, 2),
     (scenarios.lose_replies, 10),
-    (scenarios.restart_redis, 3),
+    (scenarios.restart_redis, 2),
+    (scenarios.pause_redis, 1),
     (scenarios.flush_redis, 1),
     (scenarios.fail_over, 1),
     (scenarios.exhaust_memory, 1),
@@ -23,6 +25,7 @@ SHORT: list[tuple[Callable[[int], scenarios.Figures], int]] = [
     (scenarios.shift_clocks, 4),
     (scenarios.hang_lane, 2),
     (scenarios.stop_under_load, 2),
+    (soak, 2000),
 ]
 
 

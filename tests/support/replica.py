@@ -25,10 +25,12 @@ _READY_TIMEOUT_S = 60.0
 _EXIT_TIMEOUT_S = 30.0
 
 
-def _context() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     """A fork server that has the service imported, so that a start takes a fraction of a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tamiyo_svc.service.wiring", "support.replica"])
+    context.set_forkserver_preload(
+        ["tamiyo_svc.service.wiring", "support.replica", "support.waiting"]
+    )
     return context
 
 
@@ -49,7 +51,7 @@ class Replica:
 
     def start(self) -> Replica:
         """Start the process; `wait_ready` waits until it reads."""
-        context = _context()
+        context = fork_server()
         self._ready = context.Event()
         port = context.Value("i", 0)
         self.process = context.Process(
