@@ -111,6 +111,21 @@ async def test_nonfinite_loss_pauses(bus: Bus, start_service: StartService) -> N
     assert indicators(alert)["priority"] == "MESSAGE_PRIORITY_CRITICAL"
 
 
+async def test_emergencies_beyond_the_rate_are_told_on_the_telemetry_stream(
+    bus: Bus, start_service: StartService
+) -> None:
+    running = await start_service(emergency_max_per_min=1)
+    for step in range(1, 4):
+        packet = state_packet("run-1", step, loss=float("nan"))
+        await bus.publish(packet)
+        await bus.command_for(packet)
+    (first,) = await bus.telemetry("oona.emergency")
+    later = await bus.telemetry()
+    assert "emergency_rate_limited" not in indicators(first)
+    assert [indicators(one)["emergency_rate_limited"] for one in later] == ["1", "1"]
+    assert running.value("tamiyo_emergency_rate_limited_total") == 2
+
+
 async def test_reply_stream_gets_the_command_and_the_normal_stream_does_not(
     bus: Bus, start_service: StartService
 ) -> None:
@@ -179,6 +194,18 @@ async def test_backlog_of_one_run_is_superseded_by_its_newest(
     assert await settled(bus, running, 11) == {"decided": 2, "superseded": 9}
     answered = {command.annotations["packet_id"] for command in await bus.commands()}
     assert answered == {packets[-1].packet_id, other.packet_id}
+
+
+async def test_packet_that_comes_after_a_newer_one_was_decided_is_superseded(
+    bus: Bus, start_service: StartService
+) -> None:
+    running = await start_service()
+    older, newer = (state_packet("run-1", step) for step in (1, 2))
+    await bus.publish(newer)
+    await bus.command_for(newer)
+    await bus.publish(older)
+    assert await settled(bus, running, 2) == {"decided": 1, "superseded": 1}
+    assert len(await bus.commands()) == 1
 
 
 async def test_old_packets_expire_with_one_notice(bus: Bus, start_service: StartService) -> None:
@@ -296,6 +323,19 @@ async def test_packets_left_pending_by_a_dead_process_are_decided_on_start(
     running = await start_service(consumer_name="this-one")
     assert await settled(bus, running, 1) == {"decided": 1}
     await bus.command_for(packet)
+
+
+async def test_what_was_left_pending_is_decided_before_what_is_new(
+    bus: Bus, start_service: StartService
+) -> None:
+    await bus.redis.xgroup_create("oona.normal", "tamiyo", id="0", mkstream=True)
+    packets = [state_packet("run-1", step) for step in (1, 2)]
+    await bus.publish(packets[0])
+    await bus.redis.xreadgroup("tamiyo", "this-one", {"oona.normal": ">"})
+    await bus.publish(packets[1])
+    running = await start_service(consumer_name="this-one")
+    # The other way round the older one would have come too late for a command.
+    assert await settled(bus, running, 2) == {"decided": 2}
 
 
 async def test_entry_delivered_too_often_is_a_dead_letter(

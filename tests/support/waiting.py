@@ -8,6 +8,7 @@ that nobody notifies, shows the latter.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -104,6 +105,7 @@ class WaitingTrainers:
 
 
 def _train(url: str, run_id: str, stop: Event, results: Connection) -> None:
+    logging.getLogger("tamiyo.client").setLevel(logging.ERROR)
     with TamiyoClient(url, Keyring(SECRET.encode()), run_id) as client:
 
         def step(number: int, budget_s: float) -> None:
