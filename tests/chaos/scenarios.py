@@ -407,6 +407,7 @@ def poison(count: int) -> Figures:
         if commands:
             expect(last in answered, "the last good packet was not decided")
         counted = outcomes(_url(replica))
+        expect(counted["dead_lettered"] == dead, f"{dead} dead letters, {counted} counted")
     return {"entries": count + sent, "dead letters": dead, "outcomes": counted}
 
 
