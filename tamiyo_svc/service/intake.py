@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -256,12 +257,14 @@ class Intake:
     async def _bury(self, entry: Entry, reason: DeadLetterReason, detail: str) -> None:
         commit = bury(entry, reason, detail, self._dead_letter_stream)
         outcome = Outcome.DEAD_LETTERED
-        while True:
+        for attempt in itertools.count(1):
             await self._health.wait_up()
             try:
                 await self._committer.commit(commit)
             except DuplicateEntryError:
-                outcome = Outcome.DUPLICATE
+                # Someone else ended it, unless it was an attempt of ours whose reply was lost.
+                if attempt == 1:
+                    outcome = Outcome.DUPLICATE
             except BusError as error:
                 self._health.failed(error)
                 continue

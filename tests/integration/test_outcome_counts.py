@@ -14,6 +14,7 @@ from support.served_process import free_port
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.errors import InferenceError
 from tamiyo_svc.leyline.envelope import seal
+from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.evaluator import PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.service.wiring import Worker
@@ -138,3 +139,24 @@ async def test_commit_whose_reply_was_lost_is_counted_as_what_it_did(
     assert received(running) == packets + 1
     _, command = await bus.commands()
     assert command.annotations["packet_id"] == published[-1].packet_id
+
+
+async def test_dead_letter_whose_reply_was_lost_is_counted_as_one(
+    bus: Bus, start_service: StartService, proxy: FaultyProxy
+) -> None:
+    running = await start_service(redis_url=f"redis://127.0.0.1:{proxy.port}/0")
+    first = state_packet("run-1", 1)
+    await bus.publish(first)
+    await bus.command_for(first)
+    proxy.swallow = lambda request: proxy.swallowed == 0 and b"oona.dead" in request
+    forged = seal(state_packet("run-1", 2), Keyring(b"another secret"))
+    await bus.add(forged)
+
+    async def ended() -> bool:
+        return sum(running.outcomes().values()) > 1
+
+    await bus.until(ended)
+    assert proxy.swallowed == 1
+    assert running.outcomes() == {"decided": 1, "dead_lettered": 1}
+    assert running.value("tamiyo_dead_letters_total", reason="invalid_signature") == 1
+    assert await bus.redis.xlen("oona.dead") == 1
