@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tamiyo_svc.adapters.oona.commit import Commit, Committer, Output, RunWrite,
 from tamiyo_svc.adapters.oona.connection import ServerClock, client
 from tamiyo_svc.adapters.oona.consumer import GroupLostError, StreamConsumer
 from tamiyo_svc.adapters.oona.entries import Entry
+from tamiyo_svc.adapters.oona.housekeeping import trim
 from tamiyo_svc.errors import (
     BusError,
     CommitConflictError,
@@ -284,6 +286,40 @@ async def test_commit_without_state_or_outputs_acknowledges(bus: Bus) -> None:
     entries = await bus.consumer.read(5, 10)
     assert await bus.committer.commit(Commit(acks=entries)) == []
     assert await bus.pending_count() == 0
+
+
+async def publish_many(bus: Bus, count: int) -> list[str]:
+    async with bus.redis.pipeline(transaction=False) as together:
+        for number in range(count):
+            together.xadd(NORMAL, {"payload": str(number)})
+        return [entry_id.decode() for entry_id in await together.execute()]
+
+
+async def test_trimming_removes_everything_old_however_much_it_is(bus: Bus) -> None:
+    await publish_many(bus, 25_000)
+    await bus.redis.xgroup_setid(NORMAL, "tamiyo", "$")
+    removed = await trim(bus.redis, NORMAL, time.time() * 1e3 + 60_000)
+    left = await bus.redis.xlen(NORMAL)
+    assert removed == 25_000 - left
+    assert left <= 100  # the server removes whole nodes
+
+
+async def test_trimming_leaves_what_is_pending_or_was_not_read(bus: Bus) -> None:
+    ids = await publish_many(bus, 500)
+    read = await bus.consumer.read(400, 100)
+    assert len(read) == 400
+    await bus.consumer.acknowledge(read[:250] + read[300:])
+    await trim(bus.redis, NORMAL, time.time() * 1e3 + 60_000)
+    entries: Any = await bus.redis.xrange(NORMAL)
+    left = [entry_id.decode() for entry_id, _ in entries]
+    assert left[-250:] == ids[250:]
+    assert len(left) < 500
+
+
+async def test_trimming_leaves_what_is_young(bus: Bus) -> None:
+    await publish_many(bus, 500)
+    await bus.redis.xgroup_setid(NORMAL, "tamiyo", "$")
+    assert await trim(bus.redis, NORMAL, time.time() * 1e3 - 60_000) == 0
 
 
 async def test_clock_follows_the_server(bus: Bus) -> None:

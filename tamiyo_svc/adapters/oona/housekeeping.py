@@ -58,7 +58,11 @@ async def trim(redis: Redis, stream: str, older_than_ms: float) -> int:
             if needed is None:
                 needed = next_id(row["last-delivered-id"].decode())
             limit = min(limit, needed, key=id_order)
-        return int(await redis.xtrim(stream, minid=limit, approximate=True))
+        removed = 0
+        # One call removes at most 10,000 entries, so that the server never stands still for long.
+        while some := int(await redis.xtrim(stream, minid=limit, approximate=True)):
+            removed += some
+        return removed
     except (*OUTAGE_ERRORS, RedisError) as error:
         raise BusError(f"trimming {stream}: {error!r}") from error
 
