@@ -121,25 +121,30 @@ class Service:
                 start(self._updates.guard(), "policy-probation"),
                 start(self._updates.announce(), "policy-status"),
             ]
-            await self._until(self._health.wait_up(), stop)
-            await self._until(self._updates.wait_caught_up(), stop)
-            intake = [start(self._intake.read(), "read"), start(self._intake.claim(), "claim")]
-            self._started = True
-            if not stop.is_set():
-                log.info(
-                    "service.started",
-                    version=__version__,
-                    policy=self._replica.runtime.policy.version,
-                    device=self._replica.runtime.device,
-                    consumer=self._consumer.name,
-                    blueprints=len(self._catalog.snapshot.blueprints),
-                )
-                on_ready()
-            await stop.wait()
-            self._draining = True
-            await cancel(intake)
-            await self._drain()
-            await cancel(background)
+            intake: list[asyncio.Task[None]] = []
+            try:
+                await self._until(self._health.wait_up(), stop)
+                await self._until(self._updates.wait_caught_up(), stop)
+                intake += [start(self._intake.read(), "read"), start(self._intake.claim(), "claim")]
+                self._started = True
+                if not stop.is_set():
+                    log.info(
+                        "service.started",
+                        version=__version__,
+                        policy=self._replica.runtime.policy.version,
+                        device=self._replica.runtime.device,
+                        consumer=self._consumer.name,
+                        blueprints=len(self._catalog.snapshot.blueprints),
+                    )
+                    on_ready()
+                await stop.wait()
+                self._draining = True
+                await cancel(intake)
+                await self._drain()
+            finally:
+                # Also when one of them failed: the group cancels the others once, which is not
+                # always enough.
+                await cancel([*intake, *background])
         await self._updates.close()
         await self._lane.close()
         self._catalog.close()

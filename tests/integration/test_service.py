@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tamiyo_svc.leyline.envelope import SignedEnvelope, seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.evaluator import PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
+from tamiyo_svc.service.lifecycle import Service
 from tamiyo_svc.service.wiring import Worker
 
 pytestmark = pytest.mark.redis
@@ -552,3 +554,23 @@ async def test_commands_carry_the_time_they_were_issued(
     await bus.publish(packet)
     command = await bus.command_for(packet)
     assert before_ns <= command.issued_at.ToNanoseconds() <= time.time_ns()
+
+
+async def test_a_service_of_which_a_part_failed_ends_although_another_part_misses_that(
+    start_service: StartService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def misses_one_cancellation(service: Service) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    async def fails(service: Service) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Service, "_tick", misses_one_cancellation)
+    monkeypatch.setattr(Service, "_observe", fails)
+
+    with pytest.raises(ExceptionGroup) as failure:
+        await start_service()
+
+    assert "broken" in str(failure.value.exceptions)
