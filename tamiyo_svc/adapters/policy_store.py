@@ -7,24 +7,41 @@ one. Files are named by the digest of their weights and never written to once th
 from __future__ import annotations
 
 import json
+import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
-import safetensors
+import torch
 from torch import Tensor
 
 from tamiyo_svc.errors import PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
-from tamiyo_svc.policy.checkpoint import MAX_HEADER_BYTES, check_checkpoint, read_header
+from tamiyo_svc.policy.checkpoint import (
+    MAX_HEADER_BYTES,
+    check_checkpoint,
+    header_bytes,
+    read_header,
+)
 from tamiyo_svc.policy.evaluator import Policy, build_policy
+from tamiyo_svc.policy.network import TamiyoNetwork
 from tamiyo_svc.policy.update import TakenUpdates
 from tamiyo_svc.taxonomy import PolicyRejection
 
 _FOLDER: Final = "policies"
 _MANIFEST: Final = "manifest.json"
 _VERSION: Final = 1
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PART_BYTES: Final = 1 << 20
+"""What is given back at once; it takes some ten microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +62,8 @@ class Manifest:
     current: KeptPolicy | None = None
     previous: KeptPolicy | None = None
     taken: TakenUpdates = field(default_factory=TakenUpdates)
+    shadow: KeptPolicy | None = None
+    """What runs beside the current one."""
 
     def with_current(self, policy: KeptPolicy) -> Manifest:
         """The same with another policy serving and the one before kept for a rollback."""
@@ -58,6 +77,7 @@ class PolicyStore:
 
     def __init__(self, state_dir: Path) -> None:
         self.folder = state_dir / _FOLDER
+        self._mapped: WeakKeyDictionary[TamiyoNetwork, mmap.mmap] = WeakKeyDictionary()
 
     def load(self) -> Manifest:
         """The manifest, or an empty one where there is none that can be read."""
@@ -83,12 +103,13 @@ class PolicyStore:
         temporary.replace(self.folder / _MANIFEST)
         _sync_folder(self.folder)
 
-    def sweep(self, manifest: Manifest, *others: str) -> None:
-        """Remove every policy file but those of the manifest and `others`."""
-        kept = {policy.file for policy in (manifest.current, manifest.previous) if policy}
+    def sweep(self, manifest: Manifest) -> None:
+        """Remove every policy file but those of the manifest."""
+        policies = (manifest.current, manifest.previous, manifest.shadow)
+        kept = {policy.file for policy in policies if policy}
         if self.folder.is_dir():
             for path in self.folder.iterdir():
-                if path.name not in kept | {_MANIFEST, *others}:
+                if path.name not in kept | {_MANIFEST}:
                     path.unlink(missing_ok=True)
 
     def write(self, digest: str, data: bytes) -> str:
@@ -111,6 +132,9 @@ class PolicyStore:
     def open(self, kept: KeptPolicy, vocabularies: Vocabularies) -> Policy:
         """Load a kept policy, checking it as if it had come from outside.
 
+        Its weights are mapped into memory rather than read: a single read of 56 MB would keep every
+        other thread of the interpreter waiting.
+
         Raises:
             PolicyRejectedError: its file is gone, damaged or not the one that was kept.
         """
@@ -122,31 +146,54 @@ class PolicyStore:
                 )
             policy = build_policy("bootstrap" if name == "bootstrap" else "untrained")
             return replace(policy, version=kept.version)
-        weights, metadata = _read_file(self.folder / kept.file)
-        checkpoint = check_checkpoint(weights, metadata, vocabularies, check_architecture=False)
+        weights, metadata, memory = _map_file(self.folder / kept.file)
+        checkpoint = check_checkpoint(
+            weights, metadata, vocabularies, check_architecture=False, copy=False
+        )
         policy = checkpoint.build(kept.policy_id, kept.version)
         if policy.digest != kept.digest:
             raise PolicyRejectedError(
                 PolicyRejection.INVALID_PAYLOAD, f"{kept.file} holds other weights than it should"
             )
+        self._mapped[policy.network] = memory
         return policy
 
+    def give_back(self, policy: Policy) -> None:
+        """Let the system have the memory that a policy's weights are mapped into.
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and metadata of a safetensors file, mapped into memory rather than read.
+        Whoever reads them again has them mapped again. What is left to do when the policy goes is
+        little then.
+        """
+        memory = self._mapped.get(policy.network)
+        if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
+            for start in range(0, len(memory), _PART_BYTES):
+                memory.madvise(mmap.MADV_DONTNEED, start, min(_PART_BYTES, len(memory) - start))
 
-    A single read of its 56 MB would keep every other thread of the interpreter waiting.
-    """
+
+def _map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], mmap.mmap]:
+    """Weights and metadata of a safetensors file, and the memory that the weights lie in."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            metadata, _ = read_header(file.read(MAX_HEADER_BYTES + 8), size)
-        with safetensors.safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, metadata  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+            prefix = file.read(MAX_HEADER_BYTES + 8)
+            metadata, header = read_header(prefix, size)
+            # A private copy that nobody writes to: torch takes no memory that is read-only.
+            memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        return dict(_tensors(memory, header, header_bytes(prefix, size))), metadata, memory
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PolicyRejectedError(
             PolicyRejection.INVALID_PAYLOAD, f"{path.name}: {error}"
         ) from error
+
+
+def _tensors(memory: mmap.mmap, header: dict[str, Any], start: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a header's table; their bytes begin at `start`."""
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        count = (end - begin) // dtype.itemsize
+        weight = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + begin)
+        yield name, weight.reshape(entry["shape"])
 
 
 def _read_manifest(text: str) -> Manifest:
@@ -157,6 +204,7 @@ def _read_manifest(text: str) -> Manifest:
         cursor=str(value["cursor"]),
         current=KeptPolicy(**value["current"]) if value["current"] else None,
         previous=KeptPolicy(**value["previous"]) if value["previous"] else None,
+        shadow=KeptPolicy(**value["shadow"]) if value.get("shadow") else None,
         taken=TakenUpdates(
             {str(name): int(when) for name, when in value["taken"]["issued_ns"].items()},
             tuple(map(str, value["taken"]["digests"])),

@@ -22,7 +22,6 @@ from torch import Tensor
 from tamiyo_svc.errors import PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.evaluator import Policy, weights_digest
-from tamiyo_svc.policy.folded import fold
 from tamiyo_svc.policy.network import (
     ARCHITECTURE,
     NetworkConfig,
@@ -52,7 +51,7 @@ class Checkpoint:
     metadata: Mapping[str, Any]
 
     def build(self, policy_id: str = "", version: str = "") -> Policy:
-        """Fold it into a policy ready to serve; names that are given beat its own."""
+        """Make it a policy; names that are given beat its own."""
         # Without storage, which the weights bring along.
         with torch.device("meta"):
             network = TamiyoNetwork(self.sizes)
@@ -64,7 +63,6 @@ class Checkpoint:
             digest=weights_digest(network),
             untrained=self.metadata.get("untrained") is True,
             network=network,
-            folded=fold(network),
         )
 
 
@@ -149,8 +147,11 @@ def check_checkpoint(
     vocabularies: Vocabularies,
     *,
     check_architecture: bool = True,
+    copy: bool = True,
 ) -> Checkpoint:
     """Check weights under their contract names, and the metadata that came with them.
+
+    Without `copy` float32 weights go on sharing the memory they lie in.
 
     Raises:
         PolicyRejectedError: as for `read_checkpoint`.
@@ -162,7 +163,7 @@ def check_checkpoint(
             f"architecture {architecture!r}, {ARCHITECTURE!r} is served",
         )
     _check_registries(metadata.get("registries"), vocabularies)
-    sizes, checked = _check_weights(weights, metadata.get("config"))
+    sizes, checked = _check_weights(weights, metadata.get("config"), copy)
     return Checkpoint(checked, sizes, metadata)
 
 
@@ -264,7 +265,7 @@ def _check_registries(digests: object, vocabularies: Vocabularies) -> None:
 
 
 def _check_weights(
-    weights: Mapping[str, Tensor], config: object
+    weights: Mapping[str, Tensor], config: object, copy: bool
 ) -> tuple[NetworkConfig, dict[str, Tensor]]:
     try:
         sizes = NetworkConfig(**config) if isinstance(config, dict) else _inferred(weights)
@@ -278,18 +279,20 @@ def _check_weights(
         raise PolicyRejectedError(
             PolicyRejection.SHAPE_MISMATCH, f"missing or unknown weight {different[0]}"
         )
-    return sizes, {name: _checked(name, weight, expected[name]) for name, weight in renamed.items()}
+    return sizes, {
+        name: _checked(name, weight, expected[name], copy) for name, weight in renamed.items()
+    }
 
 
-def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
-    """A weight as float32 of its own storage."""
+def _checked(name: str, weight: Tensor, shape: torch.Size, copy: bool) -> Tensor:
+    """A weight as float32, with `copy` of its own storage."""
     if weight.shape != shape or not weight.is_floating_point():
         raise PolicyRejectedError(
             PolicyRejection.SHAPE_MISMATCH,
             f"{name} is {weight.dtype} {tuple(weight.shape)}, expected {tuple(shape)}",
         )
     try:
-        number = weight.detach().to(torch.float32, copy=True).contiguous()
+        number = weight.detach().to(torch.float32, copy=copy).contiguous()
     except (RuntimeError, NotImplementedError) as error:
         # Narrow formats that cannot be converted.
         raise PolicyRejectedError(

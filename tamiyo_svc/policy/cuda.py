@@ -42,7 +42,7 @@ def cuda_forms(device: str, *, enable_compile: bool) -> list[Form]:
         return Form(
             device,
             is_compiled,
-            lambda network, folded: CudaNetwork(network, target, is_compiled=is_compiled),
+            lambda network: CudaNetwork(network, target, is_compiled=is_compiled),
         )
 
     eager = form(is_compiled=False)

@@ -11,12 +11,14 @@ from weakref import WeakKeyDictionary
 
 from tamiyo_svc.errors import InferenceError
 from tamiyo_svc.graph.graph import Graph
-from tamiyo_svc.policy.folded import FoldedNetwork
+from tamiyo_svc.policy.folded import FoldedNetwork, fold
 from tamiyo_svc.policy.folding import Outputs
 from tamiyo_svc.policy.network import TamiyoNetwork
 
 # Far above what rounding weights to bfloat16 does, far below what a wrong kernel does.
 _TOLERANCE: Final = 0.1
+# Layers of the larger blueprints, or a batch of small graphs.
+_WARM_UP_NODES: Final = 64
 
 
 class Engine(Protocol):
@@ -40,7 +42,7 @@ class Form:
 
     device: str
     is_compiled: bool
-    build: Callable[[TamiyoNetwork, FoldedNetwork], Engine]
+    build: Callable[[TamiyoNetwork], Engine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class EngineStatus:
     reason: str = ""
 
 
-EAGER_CPU: Final = Form("cpu", is_compiled=False, build=lambda network, folded: folded)
+EAGER_CPU: Final = Form("cpu", is_compiled=False, build=fold)
 """The form that is always there."""
 
 
@@ -67,8 +69,8 @@ class Engines:
 
     A form that raises, when it is built or while it runs, is given up for all policies as soon as
     a later one answers the same graphs; if none does, the graphs are at fault. `on_change` hears
-    of every new status, in the thread that found it. Engines are kept as long as the folded
-    network they belong to.
+    of every new status, in the thread that found it. Engines are kept as long as the network they
+    belong to, and only in the form that serves: together they would be twice its size.
     """
 
     def __init__(
@@ -82,12 +84,10 @@ class Engines:
         self.on_change = on_change
         self._lock = threading.Lock()
         self._level = 0
-        self._built: WeakKeyDictionary[FoldedNetwork, dict[int, Engine]] = WeakKeyDictionary()
+        self._built: WeakKeyDictionary[TamiyoNetwork, dict[int, Engine]] = WeakKeyDictionary()
         self.status = EngineStatus(forms[0].device, forms[0].is_compiled)
 
-    def evaluate(
-        self, network: TamiyoNetwork, folded: FoldedNetwork, graphs: Sequence[Graph]
-    ) -> list[Outputs]:
+    def evaluate(self, network: TamiyoNetwork, graphs: Sequence[Graph]) -> list[Outputs]:
         """Outputs of every graph.
 
         Raises:
@@ -97,7 +97,7 @@ class Engines:
         failure: Exception | None = None
         while True:
             try:
-                outputs = self.engine(network, folded, level).evaluate(graphs)
+                outputs = self.engine(network, level).evaluate(graphs)
             except Exception as error:
                 failure = failure or error
                 if level + 1 == len(self._forms):
@@ -111,7 +111,6 @@ class Engines:
     def warm_up(
         self,
         network: TamiyoNetwork,
-        folded: FoldedNetwork,
         batches: Sequence[Sequence[Graph]],
         clock: Callable[[], float],
     ) -> None:
@@ -127,37 +126,37 @@ class Engines:
             form = self._forms[level]
             started = clock()
             try:
-                engine = self.engine(network, folded, level)
-                for graphs in batches:
-                    outputs = engine.evaluate(graphs)
-                    if engine is not folded:
-                        _check(outputs, folded.evaluate(graphs))
+                engine = self.engine(network, level)
+                if isinstance(engine, FoldedNetwork):
+                    engine.warm_up(_WARM_UP_NODES)
+                outputs = [engine.evaluate(graphs) for graphs in batches]
+                warm_ms = (clock() - started) * 1e3
+                if not isinstance(engine, FoldedNetwork):
+                    folded = fold(network)
+                    for mine, graphs in zip(outputs, batches, strict=True):
+                        _check(mine, folded.evaluate(graphs))
             except Exception as error:
                 if level + 1 == len(self._forms):
                     raise
                 self._fall(level, level + 1, error)
             else:
                 if form.is_compiled:
-                    self._report(replace(self.status, warm_ms=(clock() - started) * 1e3))
+                    self._report(replace(self.status, warm_ms=warm_ms))
                 return
 
-    def engine(
-        self, network: TamiyoNetwork, folded: FoldedNetwork, level: int | None = None
-    ) -> Engine:
+    def engine(self, network: TamiyoNetwork, level: int | None = None) -> Engine:
         """A policy's engine in the serving form, or in that of `level`."""
         level = self._level if level is None else level
         with self._lock:
-            built = self._built.setdefault(folded, {})
+            built = self._built.setdefault(network, {})
         engine = built.get(level)
         if engine is None:
-            engine = self._forms[level].build(network, folded)
-            if engine is not folded:  # kept under itself it would never be released
-                built[level] = engine
+            engine = built[level] = self._forms[level].build(network)
         return engine
 
-    def touch(self, network: TamiyoNetwork, folded: FoldedNetwork, part: int, parts: int) -> None:
+    def touch(self, network: TamiyoNetwork, part: int, parts: int) -> None:
         """Read one of so many parts of a policy's weights, where the serving form can."""
-        engine = self.engine(network, folded)
+        engine = self.engine(network)
         if isinstance(engine, Touchable):
             engine.touch(part, parts)
 

@@ -17,7 +17,7 @@ from tamiyo_svc.graph.graph import Graph
 from tamiyo_svc.graph.normalizer import Statistics
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.policy.engines import Engines
-from tamiyo_svc.policy.folded import FoldedNetwork, Outputs, fold
+from tamiyo_svc.policy.folding import Outputs
 from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork, bootstrap, untrained
 from tamiyo_svc.policy.proposal import Proposal, propose
 
@@ -27,8 +27,6 @@ _BUILT_IN: Final[Mapping[str, tuple[Callable[[NetworkConfig], TamiyoNetwork], Ne
     "untrained": (untrained, NetworkConfig()),
     "bootstrap": (bootstrap, _BOOTSTRAP_CONFIG),
 }
-# Layers of the larger blueprints, or a batch of small graphs.
-_WARM_UP_NODES: Final = 64
 _WARM_UP_RUNS: Final = 3
 
 
@@ -50,7 +48,6 @@ class Policy:
     digest: str
     untrained: bool
     network: TamiyoNetwork
-    folded: FoldedNetwork
 
 
 class PolicyEvaluator:
@@ -85,10 +82,7 @@ class PolicyEvaluator:
         warming = policy or self.policy
         graphs = [self._builder.build(packet, found, {}) for found in ((), (blueprint,))]
         with torch.inference_mode():
-            warming.folded.warm_up(_WARM_UP_NODES)
-            self._engines.warm_up(
-                warming.network, warming.folded, [graphs[:1], graphs[1:], graphs], self._clock
-            )
+            self._engines.warm_up(warming.network, [graphs[:1], graphs[1:], graphs], self._clock)
         for _ in range(_WARM_UP_RUNS):
             for requests in ([alone], [joined], [alone, joined]):
                 for result in self._evaluate(warming, requests):
@@ -134,7 +128,7 @@ class PolicyEvaluator:
         started = self._clock()
         try:
             with torch.inference_mode():
-                outputs = self._engines.evaluate(policy.network, policy.folded, graphs)
+                outputs = self._engines.evaluate(policy.network, graphs)
         except Exception as error:
             if len(graphs) > 1:
                 return [self._infer(policy, [graph])[0] for graph in graphs]
@@ -155,7 +149,6 @@ def build_policy(
         digest=weights_digest(network),
         untrained=True,
         network=network,
-        folded=fold(network),
     )
 
 

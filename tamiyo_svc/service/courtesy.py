@@ -55,6 +55,16 @@ def standing_back(is_busy: Callable[[], bool], patience_s: float = _PATIENCE_S) 
         sys.setprofile(before)
 
 
+def yield_processor(process: int) -> None:
+    """Have a process run only while nobody else wants the processor.
+
+    Niceness alone would let it finish its time slice of some milliseconds first.
+    """
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, process, _NICENESS)
+        os.sched_setscheduler(process, os.SCHED_IDLE, os.sched_param(0))
+
+
 def _be_nice() -> None:
     # Threads have priorities of their own on Linux; elsewhere this one stays as it is.
     with suppress(OSError, AttributeError):

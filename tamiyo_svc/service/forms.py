@@ -56,14 +56,14 @@ def compiled_form(library: Library, dtype: WeightDtype) -> Form:
     return Form(
         "cpu",
         is_compiled=True,
-        build=lambda network, folded: CompiledNetwork(library, fold_weights(network), dtype),
+        build=lambda network: CompiledNetwork(library, fold_weights(network), dtype),
     )
 
 
 def _unavailable(error: CompiledFormUnavailableError) -> Form:
     """Stands for a form that was demanded and is not there, so that giving it up is counted."""
 
-    def build(network: object, folded: object) -> CompiledNetwork:
+    def build(network: object) -> CompiledNetwork:
         raise error
 
     return Form("cpu", is_compiled=True, build=build)

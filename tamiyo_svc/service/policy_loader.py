@@ -3,7 +3,8 @@
 What an update can do wrong, it does here: a crash, a hang or memory without bound ends this
 process and is reported as a refusal, and neither parsing 56 MB nor loading them ever holds the
 interpreter that decides. Each request is one JSON line on standard input, whose end means that the
-service is gone. The answers are JSON lines on standard output.
+service is gone. The answers are JSON lines on standard output. An update that it had to wait for
+is examined in a child, which takes the half gigabyte of torch and weights along when it ends.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import json
 import os
 import queue
 import resource
+import signal
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -45,7 +46,6 @@ BUS_EXIT: Final = 3
 _BLOCK_MS: Final = 5_000
 # An update of the largest size is held about six times over while it is read.
 _MAX_DATA_BYTES: Final = 6 << 30
-_NICENESS: Final = 5
 _REASONS: Final = {
     RejectReason.MISSING_SIGNATURE: PolicyRejection.MISSING_SIGNATURE,
     RejectReason.INVALID_SIGNATURE: PolicyRejection.INVALID_SIGNATURE,
@@ -143,41 +143,50 @@ def main() -> int:
         target=_follow_parent, args=(requests,), name="follow-parent", daemon=True
     ).start()
     _bound_memory()
-    is_nice = False
-
-    def on_waiting(after: str) -> None:
-        # What a starting service waits for is urgent; what comes while it decides is not.
-        nonlocal is_nice
-        if not is_nice:
-            os.nice(_NICENESS)
-            is_nice = True
-        _say({"kind": "waiting", "after": after})
-
     while True:
         request = LoaderRequest.from_json(requests.get())
         try:
             with open_stream(request.redis_url) as redis:
-                entry = _next_entry(redis, request, on_waiting)
+                entry, is_apart = _next_entry(redis, request)
         except BusError as error:
             _say({"kind": "bus", "detail": str(error)})
             return BUS_EXIT
-        _say({"kind": "reading", "entry_id": entry.entry_id})
-        finding = examine(entry, request)
+        _say({"kind": "reading", "entry_id": entry.entry_id, "is_apart": is_apart})
+        if is_apart:
+            _examine_apart(entry, request)
+        else:
+            _say({"kind": "finding", **asdict(examine(entry, request))})
         # Before the next wait, which may be long.
         del entry
-        _say({"kind": "finding", **asdict(finding)})
 
 
-def _next_entry(redis: Redis, request: LoaderRequest, on_waiting: Callable[[str], None]) -> Entry:
+def _examine_apart(entry: Entry, request: LoaderRequest) -> None:
+    """Have a child examine an entry; if that ends badly, so does this process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            _say({"kind": "finding", **asdict(examine(entry, request))})
+            code = 0
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        os._exit(abs(code))
+
+
+def _next_entry(redis: Redis, request: LoaderRequest) -> tuple[Entry, bool]:
+    """The next entry, and whether it was waited for."""
     after = request.after
     if request.first:
         after = start_cursor(redis, request.stream, after)
     entry = read_next(redis, request.stream, after, None)
-    if entry is None:
-        on_waiting(after)
+    if entry is not None:
+        return entry, False
+    _say({"kind": "waiting", "after": after})
     while entry is None:
         entry = read_next(redis, request.stream, after, _BLOCK_MS)
-    return entry
+    return entry, True
 
 
 def _open(entry: Entry, request: LoaderRequest) -> leyline.BusEnvelope | None:
@@ -269,6 +278,8 @@ def _follow_parent(requests: queue.SimpleQueue[str]) -> None:
     """Pass requests on; end with the service, whatever ended it: its end of the pipe closes."""
     for line in sys.stdin:
         requests.put(line)
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # with the child, if there is one
     os._exit(1)
 
 

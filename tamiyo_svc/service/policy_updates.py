@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
 import structlog
 from redis.asyncio import Redis
@@ -22,15 +19,15 @@ from tamiyo_svc.adapters.oona.health import BusHealth
 from tamiyo_svc.adapters.oona.policy_stream import FROM_THE_END, ReplicaStatus, write_status
 from tamiyo_svc.adapters.policy_store import KeptPolicy, Manifest, PolicyStore
 from tamiyo_svc.decision.record import PolicyIdentity
-from tamiyo_svc.errors import BusError, InferenceError, PolicyRejectedError
+from tamiyo_svc.errors import BusError, PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.evaluator import Policy, PolicyEvaluator, PolicyRequest
-from tamiyo_svc.policy.golden import sample_requests
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.risk.events import FiredEvent
-from tamiyo_svc.service.courtesy import courteous_executor, standing_back
+from tamiyo_svc.service.candidates import Candidates
+from tamiyo_svc.service.loader_process import LoaderProcess
 from tamiyo_svc.service.notices import NoticeBoard
-from tamiyo_svc.service.policy_loader import BUS_EXIT, Finding, LoaderRequest
+from tamiyo_svc.service.policy_loader import Finding, LoaderRequest
 from tamiyo_svc.service.probation import Probation, ProbationState
 from tamiyo_svc.service.serving import Serving
 from tamiyo_svc.service.shadow import Shadow
@@ -46,14 +43,11 @@ from tamiyo_svc.taxonomy import (
 
 log = structlog.get_logger("tamiyo.policy_updates")
 
-_EXAMINE_TIMEOUT_S: Final = 120.0
-_KEEP_LOADER_S: Final = 60.0
 _SWAP_TIMEOUT_S: Final = 10.0
 _CATCH_UP_TIMEOUT_S: Final = 30.0
 _STATUS_EVERY_S: Final = 5.0
 _FIRST_DELAY_S: Final = 0.2
 _MAX_DELAY_S: Final = 10.0
-_PROBE_RUNS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,33 +97,30 @@ class PolicyUpdates:
         self._metrics = metrics
         self._health = health
         self._redis = redis
-        self._is_busy = is_busy
         self._wall_clock_s = wall_clock_s
-        self._executor: Executor = courteous_executor("tamiyo-policy")
-        self._cursor = FROM_THE_END if options.pinned else manifest.cursor
-        self._first = True
-        self._loader: asyncio.Task[asyncio.subprocess.Process] | None = None
-        self._loaded = False
+        self._candidates = Candidates(
+            store, vocabularies, make_evaluator, is_busy, options.step_timeout_ms
+        )
+        self._loader = LoaderProcess(FROM_THE_END if options.pinned else manifest.cursor)
         self._previous: Policy | None = None
         self._probation: Probation | None = None
         self._shadow: Shadow | None = None
         self._failed_probation = asyncio.Event()
         self._changing = asyncio.Lock()
-        self._caught_up = asyncio.Event()
         self._changed = asyncio.Event()
 
     async def wait_caught_up(self) -> None:
         """Wait until what the stream held at the start is dealt with, or half a minute."""
         try:
             async with asyncio.timeout(_CATCH_UP_TIMEOUT_S):
-                await self._caught_up.wait()
+                await self._loader.caught_up.wait()
         except TimeoutError:
             log.warning("policy.catch_up_timed_out")
 
     async def close(self) -> None:
-        """End the loader and take no more work; what still runs is left to its thread."""
-        await self._end_loader()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """End the loader and take no more work."""
+        await self._loader.close()
+        self._candidates.close()
 
     def inference_ended(self, success: bool) -> None:
         """Note how one inference of the serving policy went."""
@@ -141,9 +132,12 @@ class PolicyUpdates:
             case ProbationState.PASSED:
                 log.info("policy.probation_passed", version=self._serving.policy.version)
                 self._probation = None
+                self._forget_previous()
 
     async def follow(self) -> None:
         """Take one update of the policy stream after the other, until cancelled."""
+        if self._manifest.shadow is not None:
+            await self._resume_shadow(self._manifest.shadow)
         delay_s = _FIRST_DELAY_S
         while True:
             await self._health.wait_up()
@@ -152,10 +146,9 @@ class PolicyUpdates:
             except (OSError, ValueError) as error:
                 # No process could be started, or what it said makes no sense.
                 log.warning("policy.loader_failed", error=str(error))
-                await self._end_loader()
                 finding = None
             if finding is None:
-                # Redis was away, or nothing came for long; neither is an update's fault.
+                # Nothing of this is an update's fault.
                 await asyncio.sleep(delay_s)
                 delay_s = min(_MAX_DELAY_S, 2 * delay_s)
                 continue
@@ -167,90 +160,19 @@ class PolicyUpdates:
         """What a process of its own found in the next entry; None when it read none."""
         await asyncio.to_thread(self._sweep)
         taken = self._manifest.taken
-        request = replace(
-            self._options.request,
-            after=self._cursor,
-            first=self._first,
-            issued_ns=dict(taken.issued_ns),
-            digests=taken.digests,
-            vocabularies=self._vocabularies.snapshot(),
+        return await self._loader.find(
+            replace(
+                self._options.request,
+                after=self._loader.position,
+                first=self._loader.is_first,
+                issued_ns=dict(taken.issued_ns),
+                digests=taken.digests,
+                vocabularies=self._vocabularies.snapshot(),
+            )
         )
-        if self._loader is None:
-            self._loader = asyncio.create_task(self._start_loader(), name="tamiyo-policy-loader")
-        # Shielded, so that a process once started is always known to `close`.
-        process = await asyncio.shield(self._loader)
-        assert process.stdin is not None
-        process.stdin.write(request.to_json().encode() + b"\n")
-        finding = await self._listen(process)
-        if finding is None or process.returncode is not None:
-            await self._end_loader()
-        return finding
-
-    @staticmethod
-    async def _start_loader() -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "tamiyo_svc.service.policy_loader"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    async def _end_loader(self) -> None:
-        if self._loader is None:
-            return
-        try:
-            process = await asyncio.shield(self._loader)
-        except OSError:  # it never started
-            self._loader = None
-            return
-        if process.returncode is None:
-            process.kill()
-        # Reads to the end of its output as well, so that no pipe stays open.
-        await process.communicate()
-        self._loader, self._loaded = None, False
-
-    async def _listen(self, process: asyncio.subprocess.Process) -> Finding | None:
-        """The next finding; None when Redis was away or the process has waited long enough."""
-        assert process.stdout is not None
-        entry_id = ""
-        timeout_s: float | None = None
-        while True:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    line = await process.stdout.readline()
-            except TimeoutError:
-                if not entry_id:
-                    return None
-                process.kill()
-                await process.wait()
-                detail = f"it took more than {_EXAMINE_TIMEOUT_S:.0f} s to examine"
-                return Finding(entry_id, reason=PolicyRejection.INVALID_PAYLOAD, detail=detail)
-            if not line:
-                code = await process.wait()
-                if code == BUS_EXIT or not entry_id:
-                    return None
-                detail = f"the process that examined it ended with {code}"
-                return Finding(entry_id, reason=PolicyRejection.INVALID_PAYLOAD, detail=detail)
-            answer: dict[str, Any] = json.loads(line)
-            match answer.pop("kind"):
-                case "waiting":
-                    self._cursor, self._first = answer["after"], False
-                    # One that has loaded weights keeps half a gigabyte; a new one does not.
-                    timeout_s = _KEEP_LOADER_S if self._loaded else None
-                    self._caught_up.set()
-                case "reading":
-                    entry_id, timeout_s = answer["entry_id"], _EXAMINE_TIMEOUT_S
-                    self._loaded = True
-                case "finding":
-                    return Finding(**answer)
-                case _:
-                    log.warning("policy.stream_unreadable", detail=answer.get("detail"))
 
     async def _settle(self, finding: Finding) -> None:
         """Bring one entry to its end; whatever goes wrong leaves the policy that serves."""
-        self._cursor, self._first = finding.entry_id, False
         if finding.ignored:
             return
         before = self._manifest
@@ -287,7 +209,7 @@ class PolicyUpdates:
         if not finding.file:
             policy = replace(self._serving.policy, version=kept.version)
         else:
-            policy = await self._in_worker(lambda: self._prepare(kept))
+            policy = await self._candidates.prepare(kept)
         await self._change_to(policy, self._manifest.with_current(kept), finding)
         self._applied(finding, policy)
 
@@ -296,24 +218,41 @@ class PolicyUpdates:
             raise PolicyRejectedError(PolicyRejection.INVALID_PAYLOAD, "no candidate in shadow")
         shadow = self._end_shadow()
         policy = shadow.evaluator.policy
-        await self._change_to(policy, self._manifest.with_current(shadow.kept), finding)
+        manifest = replace(self._manifest.with_current(shadow.kept), shadow=None)
+        await self._change_to(policy, manifest, finding)
         self._applied(finding, policy)
 
     async def _start_shadow(self, finding: Finding) -> None:
         kept = self._kept(finding)
-        policy = await self._in_worker(lambda: self._prepare(kept))
+        policy = await self._candidates.prepare(kept)
+        manifest = self._after(replace(self._manifest, shadow=kept), finding)
+        await asyncio.to_thread(self._save, manifest)
+        self._cast_shadow(kept, policy)
+        self._tell(Event.POLICY_SHADOW_STARTED, self._attributes(finding))
+
+    async def _resume_shadow(self, kept: KeptPolicy) -> None:
+        """Go on with the shadow of before a restart; a promotion must find it on every replica."""
+        try:
+            policy = await self._candidates.prepare(kept)
+        except PolicyRejectedError as error:
+            log.warning("policy.shadow_lost", version=kept.version, error=str(error))
+            self._manifest = replace(self._manifest, shadow=None)
+        else:
+            self._cast_shadow(kept, policy)
+
+    def _cast_shadow(self, kept: KeptPolicy, policy: Policy) -> None:
         loop = asyncio.get_running_loop()
 
         def on_report(report: dict[str, str]) -> None:
             loop.call_soon_threadsafe(self._tell, Event.POLICY_SHADOW_REPORT, report)
 
         if self._shadow is not None:
-            self._end_shadow()
+            self._candidates.retire(self._end_shadow().evaluator.policy)
         evaluator = self._make_evaluator(policy)
-        self._shadow = Shadow(kept, evaluator, self._executor, self._is_busy, on_report)
-        await asyncio.to_thread(self._save, self._after(self._manifest, finding))
+        self._shadow = Shadow(
+            kept, evaluator, self._candidates.executor, self._candidates.is_awaited, on_report
+        )
         self._serving.watch = self._shadow.watch
-        self._tell(Event.POLICY_SHADOW_STARTED, self._attributes(finding))
 
     def _end_shadow(self) -> Shadow:
         shadow = self._shadow
@@ -334,7 +273,7 @@ class PolicyUpdates:
             raise PolicyRejectedError(
                 PolicyRejection.SWAP_FAILED, f"it cannot be kept: {error.strerror}"
             ) from error
-        if policy.folded is not previous.folded:
+        if policy.network is not previous.network:
             try:
                 await self._swap(policy)
             except Exception as error:
@@ -342,6 +281,8 @@ class PolicyUpdates:
                 raise PolicyRejectedError(
                     PolicyRejection.SWAP_FAILED, f"{type(error).__name__}: {error}"
                 ) from error
+            if self._previous is not None:
+                self._candidates.retire(self._previous)
             self._previous = previous
             self._start_probation()
         else:
@@ -378,6 +319,16 @@ class PolicyUpdates:
             self._probation = Probation(
                 options.probation_decisions, options.probation_failures, options.breaker_failures
             )
+        else:
+            self._forget_previous()
+
+    def _forget_previous(self) -> None:
+        """Leave the policy before to the disk; only a probation needs it at once."""
+        kept = self._manifest.previous
+        # A checkpoint the operator named may be gone or changed by the time it is needed.
+        if self._previous is not None and (kept is None or not Path(kept.file).is_absolute()):
+            self._candidates.retire(self._previous)
+            self._previous = None
 
     async def guard(self) -> None:
         """Roll back whenever a probation fails, until cancelled."""
@@ -401,7 +352,7 @@ class PolicyUpdates:
         bad, probation = self._serving.policy, self._probation
         policy = self._previous
         if policy is None:
-            policy = await self._in_worker(lambda: self._prepare(kept))
+            policy = await self._candidates.prepare(kept)
         manifest = self._after(replace(self._manifest, current=kept, previous=None), finding)
         if reason == "probation":
             # Trainers wait for the old policy more urgently than the disk does.
@@ -411,6 +362,7 @@ class PolicyUpdates:
         else:
             await self._change_to(policy, manifest, finding)
         self._probation = self._previous = None
+        self._candidates.retire(bad)
         attributes = {
             **(self._attributes(finding) if finding is not None else {}),
             "reason": reason,
@@ -425,30 +377,6 @@ class PolicyUpdates:
             attributes |= {"failed": str(probation.failed), "decisions": str(probation.seen)}
         self._metrics.policy_update(PolicyUpdateOutcome.ROLLED_BACK)
         self._tell(Event.POLICY_ROLLED_BACK, attributes, Severity.HIGH)
-
-    def _prepare(self, kept: KeptPolicy) -> Policy:
-        """Load, fold, warm up and probe a candidate; runs in the worker thread."""
-        policy = self._store.open(kept, self._vocabularies)
-        try:
-            evaluator = self._make_evaluator(policy)
-            evaluator.warm_up()
-            best_ms = _best_inference_ms(evaluator)
-        except InferenceError as error:
-            raise PolicyRejectedError(PolicyRejection.PROBE_FAILED, str(error)) from error
-        budget_ms = self._options.step_timeout_ms
-        if 0 < budget_ms < best_ms:
-            raise PolicyRejectedError(
-                PolicyRejection.PROBE_FAILED,
-                f"an inference takes {best_ms:.1f} ms, the budget is {budget_ms:g} ms",
-            )
-        return policy
-
-    async def _in_worker(self, work: Callable[[], Policy]) -> Policy:
-        def courteous() -> Policy:
-            with standing_back(self._is_busy):
-                return work()
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, courteous)
 
     def _kept(self, finding: Finding) -> KeptPolicy:
         """The policy an update brings, or the serving one under the name it gives."""
@@ -477,9 +405,8 @@ class PolicyUpdates:
 
     def _sweep(self) -> None:
         """Remove files that nothing needs, while nobody writes one."""
-        shadowed = (self._shadow.kept.file,) if self._shadow is not None else ()
         try:
-            self._store.sweep(self._manifest, *shadowed)
+            self._store.sweep(self._manifest)
         except OSError as error:
             log.warning("policy.store_failed", error=str(error))
 
@@ -550,19 +477,3 @@ class PolicyUpdates:
             probation_left=self._probation.left if self._probation is not None else 0,
             shadow=self._shadow.report() if self._shadow is not None else None,
         )
-
-
-def _best_inference_ms(evaluator: PolicyEvaluator) -> float:
-    """The shortest of a few inferences on the sample graphs: what it takes undisturbed.
-
-    Raises:
-        InferenceError: one of them failed.
-    """
-    times_ms: list[float] = []
-    for request in sample_requests():
-        for _ in range(_PROBE_RUNS):
-            (proposal,) = evaluator.evaluate([request])
-            if isinstance(proposal, InferenceError):
-                raise proposal
-            times_ms.append(proposal.inference_ms)
-    return min(times_ms)

@@ -127,11 +127,7 @@ async def open_service(
         lambda: wrap_worker(serving.worker(make_evaluator)),
         replica,
         metrics,
-        KeepWarm(
-            lambda part, parts: engines.touch(
-                serving.policy.network, serving.policy.folded, part, parts
-            )
-        ),
+        KeepWarm(lambda part, parts: engines.touch(serving.policy.network, part, parts)),
     )
     timeout_s = settings.commit_timeout_ms / 1e3
     # Reads block for `block_ms`; a shorter socket timeout would lose their replies.
@@ -325,7 +321,7 @@ def starting_policy(
     policy = load_policy(name, vocabularies)
     file = "" if name in (None, "untrained", "bootstrap") else str(Path(str(name)).resolve())
     kept = KeptPolicy(policy.policy_id, policy.version, policy.digest, file)
-    return policy, replace(manifest, current=kept, previous=None)
+    return policy, replace(manifest, current=kept, previous=None, shadow=None)
 
 
 def update_options(settings: Settings) -> UpdateOptions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.evaluator import weights_digest
+from tamiyo_svc.service import loader_process
 from tamiyo_svc.taxonomy import PolicyRejection
 
 pytestmark = pytest.mark.redis
@@ -312,10 +314,11 @@ async def test_a_policy_that_was_named_is_left_only_by_later_updates(
     assert serving(running)["version"] == "new"
 
 
+@pytest.mark.parametrize("probation", [0, 200])
 async def test_a_rollback_is_an_update_that_serves_the_previous_policy_again(
-    bus: Bus, start_service: StartService
+    bus: Bus, start_service: StartService, probation: int
 ) -> None:
-    running = await start_service()
+    running = await start_service(policy_probation_decisions=probation)
     for version, value in (("v1", 1.0), ("v2", 2.0)):
         await bus.publish(update(version, checkpoint(value)), STREAM)
     await told(bus, "policy_update_applied", 2)
@@ -358,6 +361,70 @@ async def test_a_shadow_reports_agreement_without_acting_until_it_is_promoted(
         assert [status.replica for status in await asyncio.to_thread(read_statuses, redis)]
 
 
+async def test_a_shadow_goes_on_after_a_restart_and_can_be_promoted(
+    bus: Bus, start_service: StartService
+) -> None:
+    first = await start_service(policy=None)
+    await bus.publish(update("v2", checkpoint(2.0)), STREAM, policy_action="shadow")
+    await told(bus, "policy_shadow_started")
+    first.stop.set()
+    await first.task
+
+    second = await start_service(policy=None)
+    shadow = second.service._updates.status().shadow
+    await bus.publish(update(""), STREAM, policy_action="promote")
+    await told(bus, "policy_update_applied")
+
+    assert shadow is not None
+    assert shadow["version"] == "v2"
+    assert serving(second)["version"] == "v2"
+    assert second.service._updates.status().shadow is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no idle policy elsewhere")
+async def test_the_loader_yields_to_the_service_and_keeps_no_weights(
+    bus: Bus, start_service: StartService
+) -> None:
+    running = await start_service()
+    loader = await running.service._updates._loader.process_id()
+    assert loader is not None
+    assert os.sched_getscheduler(loader) == os.SCHED_IDLE
+
+    await bus.publish(update("v1", checkpoint(1.0)), STREAM)
+    await told(bus, "policy_update_applied")
+
+    assert await running.service._updates._loader.process_id() == loader
+    maps = await asyncio.to_thread(Path(f"/proc/{loader}/maps").read_text)
+    assert "libtorch" not in maps
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_process_that_loaded_what_the_stream_held_at_the_start_is_replaced(
+    bus: Bus, start_service: StartService
+) -> None:
+    await bus.publish(update("v1", checkpoint(1.0)), STREAM)
+
+    running = await start_service(policy=None)
+
+    loader = await running.service._updates._loader.process_id()
+    maps = await asyncio.to_thread(Path(f"/proc/{loader}/maps").read_text)
+    assert serving(running)["version"] == "v1"
+    assert "libtorch" not in maps
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no idle policy elsewhere")
+async def test_an_examination_that_is_starved_is_done_again_without_yielding(
+    bus: Bus, start_service: StartService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_process, "_YIELDING_TIMEOUT_S", 0.0)
+    running = await start_service()
+
+    await bus.publish(update("v1", checkpoint(1.0)), STREAM)
+    await told(bus, "policy_update_applied")
+
+    assert serving(running)["version"] == "v1"
+
+
 async def test_keys_rotate_with_overlap(bus: Bus, start_service: StartService) -> None:
     running = await start_service(
         secret="a newer secret for the tests", secret_previous="a secret for the tests"
@@ -381,9 +448,7 @@ async def test_keys_rotate_with_overlap(bus: Bus, start_service: StartService) -
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_secrets_are_not_in_the_process_list(bus: Bus, start_service: StartService) -> None:
     running = await start_service()
-    loader = running.service._updates._loader
-    assert loader is not None
-    pid = (await loader).pid
+    pid = await running.service._updates._loader.process_id()
 
     listed = await asyncio.to_thread(Path(f"/proc/{pid}/cmdline").read_bytes)
 

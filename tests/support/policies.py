@@ -18,7 +18,6 @@ from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.policy.checkpoint import write_policy
 from tamiyo_svc.policy.evaluator import Policy, build_policy, weights_digest
-from tamiyo_svc.policy.folded import fold
 from tamiyo_svc.policy.network import NetworkConfig
 
 SMALL = NetworkConfig(sage_hidden_dim=8, gat_hidden_dim=4, attention_heads=2)
@@ -37,7 +36,6 @@ def trained(value: float = 1.0, **weights: float) -> Policy:
         policy_id=POLICY_ID,
         digest=weights_digest(policy.network),
         untrained=False,
-        folded=fold(policy.network),
     )
 
 

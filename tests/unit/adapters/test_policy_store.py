@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from support.policies import POLICY_ID, checkpoint, trained
 from tamiyo_svc.adapters.policy_store import KeptPolicy, Manifest, PolicyStore
 from tamiyo_svc.errors import PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
+from tamiyo_svc.policy.evaluator import weights_digest
 from tamiyo_svc.policy.update import TakenUpdates
 
 
@@ -20,7 +23,7 @@ def _kept(store: PolicyStore, value: float = 1.0) -> KeptPolicy:
 
 def test_what_was_kept_is_there_after_a_restart(tmp_path: Path) -> None:
     store = PolicyStore(tmp_path)
-    manifest = Manifest("5-1", _kept(store), None, TakenUpdates({"p": 7}, ("d",)))
+    manifest = Manifest("5-1", _kept(store), None, TakenUpdates({"p": 7}, ("d",)), _kept(store, 2))
     store.save(manifest)
 
     again = PolicyStore(tmp_path)
@@ -57,14 +60,31 @@ def test_the_policy_before_is_kept_and_a_new_name_is_no_new_policy(tmp_path: Pat
     assert (renamed.current, renamed.previous) == (replace(second, version="final"), first)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_take_no_memory_once_given_back_and_can_still_be_read(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    kept = _kept(store)
+    policy = store.open(kept, Vocabularies())
+
+    def resident_kb() -> int:
+        maps = Path("/proc/self/smaps").read_text()
+        (size,) = re.findall(rf"{kept.file}\n(?:.*\n)*?Rss: +(\d+) kB", maps)
+        return int(size)
+
+    assert resident_kb() > 0
+    store.give_back(policy)
+    assert resident_kb() == 0
+    assert weights_digest(policy.network) == kept.digest
+
+
 def test_files_that_nothing_names_are_swept(tmp_path: Path) -> None:
     store = PolicyStore(tmp_path)
     kept = [_kept(store, value) for value in (1.0, 2.0, 3.0, 4.0)]
-    manifest = Manifest(current=kept[0], previous=kept[1])
+    manifest = Manifest(current=kept[0], previous=kept[1], shadow=kept[2])
     store.save(manifest)
     (store.folder / "half.tmp").write_bytes(b"")
 
-    store.sweep(manifest, kept[2].file)
+    store.sweep(manifest)
 
     names = {path.name for path in store.folder.iterdir()}
     assert names == {"manifest.json", kept[0].file, kept[1].file, kept[2].file}

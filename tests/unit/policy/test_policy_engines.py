@@ -19,7 +19,8 @@ from tamiyo_svc.policy.folded import FoldedNetwork, fold
 from tamiyo_svc.policy.folding import Outputs
 from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork
 
-_NETWORK = random_network(NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1), 1)
+_CONFIG = NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1)
+_NETWORK = random_network(_CONFIG, 1)
 _GRAPH = random_graph((1, 1, 1, 1, 1, 1), 1.0, 1)
 
 
@@ -34,32 +35,29 @@ class FakeBackend:
     wrong: Callable[[float], float] = lambda value: value
     runs: int = 0
     touched: list[tuple[int, int]] = field(default_factory=list)
-    folded: FoldedNetwork | None = None
 
     @property
     def form(self) -> Form:
         return Form(self.name, self.is_compiled, self.build)
 
-    def build(self, network: TamiyoNetwork, folded: FoldedNetwork) -> FakeEngine:
+    def build(self, network: TamiyoNetwork) -> FakeEngine:
         if self.fails_to_build:
             raise RuntimeError(f"{self.name} does not build\nbecause of this and that")
-        return FakeEngine(self, weakref.ref(folded))
+        return FakeEngine(self, fold(network))
 
 
 @dataclass
 class FakeEngine:
     backend: FakeBackend
-    folded: weakref.ref[FoldedNetwork]
+    folded: FoldedNetwork
 
     def evaluate(self, graphs: Sequence[Graph]) -> list[Outputs]:
         if self.backend.fails_to_run:
             raise RuntimeError(f"{self.backend.name} does not run")
         self.backend.runs += 1
-        folded = self.folded()
-        assert folded is not None
         return [
             {head: [self.backend.wrong(value) for value in values] for head, values in one.items()}
-            for one in folded.evaluate(graphs)
+            for one in self.folded.evaluate(graphs)
         ]
 
     def touch(self, part: int, parts: int) -> None:
@@ -79,9 +77,8 @@ def ticking() -> Callable[[], float]:
 def test_the_first_form_serves_while_it_works() -> None:
     compiled, eager = FakeBackend("cuda", is_compiled=True), FakeBackend("cuda")
     engines, heard = chain(compiled, eager)
-    folded = fold(_NETWORK)
 
-    engines.evaluate(_NETWORK, folded, [_GRAPH])
+    engines.evaluate(_NETWORK, [_GRAPH])
 
     assert (compiled.runs, eager.runs) == (1, 0)
     assert engines.status == EngineStatus("cuda", is_compiled=True)
@@ -92,7 +89,7 @@ def test_a_compiled_form_is_warmed_up_once_and_timed() -> None:
     compiled, eager = FakeBackend("cuda", is_compiled=True), FakeBackend("cuda")
     engines, heard = chain(compiled, eager)
 
-    engines.warm_up(_NETWORK, fold(_NETWORK), [[_GRAPH]], ticking())
+    engines.warm_up(_NETWORK, [[_GRAPH]], ticking())
 
     assert compiled.runs == 1
     assert [status.warm_ms for status in heard] == [pytest.approx(100.0)]
@@ -101,7 +98,7 @@ def test_a_compiled_form_is_warmed_up_once_and_timed() -> None:
 def test_an_eager_form_has_no_compile_warm_up_time() -> None:
     engines, heard = chain(FakeBackend("cuda"))
 
-    engines.warm_up(_NETWORK, fold(_NETWORK), [[_GRAPH]], ticking())
+    engines.warm_up(_NETWORK, [[_GRAPH]], ticking())
 
     assert heard == []
     assert engines.status.warm_ms is None
@@ -112,7 +109,7 @@ def test_a_failure_at_start_falls_to_the_same_device_then_to_the_cpu() -> None:
     eager, cpu = FakeBackend("cuda", fails_to_run=True), FakeBackend("cpu")
     engines, heard = chain(compiled, eager, cpu)
 
-    engines.warm_up(_NETWORK, fold(_NETWORK), [[_GRAPH]], ticking())
+    engines.warm_up(_NETWORK, [[_GRAPH]], ticking())
 
     assert [(status.device, status.is_compiled, status.fallbacks) for status in heard] == [
         ("cuda", False, 1),
@@ -124,15 +121,14 @@ def test_a_failure_at_start_falls_to_the_same_device_then_to_the_cpu() -> None:
 def test_a_failure_at_run_time_is_answered_by_the_next_form_and_counted() -> None:
     compiled, eager = FakeBackend("cuda", is_compiled=True), FakeBackend("cuda")
     engines, heard = chain(compiled, eager)
-    folded = fold(_NETWORK)
-    engines.warm_up(_NETWORK, folded, [[_GRAPH]], ticking())
+    engines.warm_up(_NETWORK, [[_GRAPH]], ticking())
     compiled.fails_to_run = True
 
-    outputs = engines.evaluate(_NETWORK, folded, [_GRAPH])
+    outputs = engines.evaluate(_NETWORK, [_GRAPH])
     compiled.fails_to_run = False
-    engines.evaluate(_NETWORK, folded, [_GRAPH])
+    engines.evaluate(_NETWORK, [_GRAPH])
 
-    assert outputs == folded.evaluate([_GRAPH])
+    assert outputs == fold(_NETWORK).evaluate([_GRAPH])
     assert eager.runs == 2
     assert heard[-1] == EngineStatus(
         "cuda",
@@ -146,12 +142,11 @@ def test_a_failure_at_run_time_is_answered_by_the_next_form_and_counted() -> Non
 def test_graphs_that_no_form_can_answer_cost_no_form() -> None:
     first, last = FakeBackend("cuda", fails_to_run=True), FakeBackend("cpu", fails_to_run=True)
     engines, heard = chain(first, last)
-    folded = fold(_NETWORK)
 
     with pytest.raises(RuntimeError, match="cpu does not run"):
-        engines.evaluate(_NETWORK, folded, [_GRAPH])
+        engines.evaluate(_NETWORK, [_GRAPH])
     first.fails_to_run = False
-    engines.evaluate(_NETWORK, folded, [_GRAPH])
+    engines.evaluate(_NETWORK, [_GRAPH])
 
     assert heard == []
     assert first.runs == 1
@@ -163,7 +158,7 @@ def test_a_form_that_disagrees_with_the_folded_network_is_given_up(
 ) -> None:
     engines, heard = chain(FakeBackend("cpu", is_compiled=True, wrong=wrong), FakeBackend("cpu"))
 
-    engines.warm_up(_NETWORK, fold(_NETWORK), [[_GRAPH]], ticking())
+    engines.warm_up(_NETWORK, [[_GRAPH]], ticking())
 
     assert [status.is_compiled for status in heard] == [False]
     assert "the folded network gives" in heard[0].reason
@@ -173,45 +168,46 @@ def test_a_form_given_up_is_given_up_for_later_policies_too() -> None:
     compiled = FakeBackend("cuda", is_compiled=True, fails_to_build=True)
     eager = FakeBackend("cuda")
     engines, heard = chain(compiled, eager)
-    engines.evaluate(_NETWORK, fold(_NETWORK), [_GRAPH])
+    engines.evaluate(_NETWORK, [_GRAPH])
     compiled.fails_to_build = False
 
-    engines.warm_up(_NETWORK, fold(_NETWORK), [[_GRAPH]], ticking())
+    engines.warm_up(random_network(_CONFIG, 2), [[_GRAPH]], ticking())
 
     assert len(heard) == 1
     assert compiled.runs == 0
 
 
 def test_an_engine_goes_with_its_policy() -> None:
-    engines, _ = chain(FakeBackend("cpu"))
-    folded = fold(_NETWORK)
-    engine = weakref.ref(engines.engine(_NETWORK, folded))
-    assert engine() is engines.engine(_NETWORK, folded)
+    for engines in (chain(FakeBackend("cpu"))[0], Engines([EAGER_CPU])):
+        network = random_network(_CONFIG, 1)
+        engine = weakref.ref(engines.engine(network))
+        assert engine() is engines.engine(network)
 
-    del folded
-    gc.collect()
+        del network
+        gc.collect()
 
-    assert engine() is None
+        assert engine() is None
 
 
-def test_the_folded_network_as_its_own_engine_is_not_kept_alive() -> None:
-    engines = Engines([EAGER_CPU])
-    folded = fold(_NETWORK)
-    assert engines.engine(_NETWORK, folded) is folded
-    alive = weakref.ref(folded)
+def test_only_the_engine_that_serves_is_kept() -> None:
+    def folded_networks() -> int:
+        gc.collect()
+        return sum(type(found) is FoldedNetwork for found in gc.get_objects())
 
-    del folded
-    gc.collect()
+    engines, _ = chain(FakeBackend("cuda", is_compiled=True), FakeBackend("cpu"))
+    before = folded_networks()
 
-    assert alive() is None
+    engines.warm_up(_NETWORK, [[_GRAPH]], ticking())
+
+    assert folded_networks() == before + 1
 
 
 def test_touching_reaches_a_form_that_can_and_spares_one_that_cannot() -> None:
     backend = FakeBackend("cpu")
     engines, _ = chain(backend)
 
-    engines.touch(_NETWORK, fold(_NETWORK), 3, 16)
-    Engines([EAGER_CPU]).touch(_NETWORK, fold(_NETWORK), 3, 16)
+    engines.touch(_NETWORK, 3, 16)
+    Engines([EAGER_CPU]).touch(_NETWORK, 3, 16)
 
     assert backend.touched == [(3, 16)]
 
@@ -236,13 +232,13 @@ def test_whatever_fails_the_last_form_answers_and_every_fall_is_counted_once(
     for fault in faults:
         for backend, kind in zip((first, second), fault, strict=True):
             backend.fails_to_build, backend.fails_to_run = kind == "b", kind == "r"
-        folded = fold(_NETWORK)
+        network = random_network(_CONFIG, 1)
 
-        outputs = engines.evaluate(_NETWORK, folded, [_GRAPH])
+        outputs = engines.evaluate(network, [_GRAPH])
 
         while level < 2 and fault[level] != "-":
             level += 1
-        assert outputs == folded.evaluate([_GRAPH])
+        assert outputs == fold(_NETWORK).evaluate([_GRAPH])
         assert engines.status.fallbacks == level
         assert engines.status.is_compiled == (level == 0)
         assert engines.status.device == ("cuda", "cuda", "cpu")[level]

@@ -19,7 +19,6 @@ from tamiyo_svc.policy.evaluator import (
     build_policy,
     weights_digest,
 )
-from tamiyo_svc.policy.folded import fold
 from tamiyo_svc.policy.network import NetworkConfig, untrained
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.taxonomy import PolicyAction
@@ -33,7 +32,7 @@ def _policy(**changes: float) -> Policy:
     with torch.no_grad():
         for head, value in changes.items():
             network.get_parameter(f"heads.{head}.bias")[0] = value
-    return Policy("p", "1", weights_digest(network), False, network, fold(network))
+    return Policy("p", "1", weights_digest(network), False, network)
 
 
 def _request(

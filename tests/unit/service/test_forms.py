@@ -7,7 +7,6 @@ import torch
 
 from tamiyo_svc.adapters import compiler
 from tamiyo_svc.policy.engines import Engines
-from tamiyo_svc.policy.folded import fold
 from tamiyo_svc.policy.network import NetworkConfig, untrained
 from tamiyo_svc.service.forms import serving_forms
 from tamiyo_svc.service.settings import Settings
@@ -40,7 +39,7 @@ def test_a_compiled_form_that_was_demanded_and_is_missing_counts_as_a_fall(tmp_p
     network = untrained(NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1))
     engines = Engines(serving_forms(settings))
 
-    engines.warm_up(network, fold(network), [], lambda: 0.0)
+    engines.warm_up(network, [], lambda: 0.0)
 
     assert (engines.status.is_compiled, engines.status.fallbacks) == (False, 1)
     assert "no C++ compiler" in engines.status.reason
