@@ -75,6 +75,25 @@ class NetworkConfig:
             raise ValueError("too few policy classes, risk classes or schedule outputs")
 
 
+class _Untemplated:
+    """Convolutions without generated code.
+
+    torch-geometric writes a Python file into the temporary folder for each class of convolution in
+    each process and never removes it; without one it takes the same steps by its own methods.
+    """
+
+    def _set_jittable_templates(self, raise_on_error: bool = False) -> None:
+        pass
+
+
+class _SageConv(_Untemplated, SAGEConv):
+    pass
+
+
+class _GatConv(_Untemplated, GATConv):
+    pass
+
+
 class TamiyoNetwork(nn.Module):
     """Two GraphSAGE and two GAT layers over the heterogeneous graph, with heads.
 
@@ -94,14 +113,14 @@ class TamiyoNetwork(nn.Module):
         )
         self.sage = nn.ModuleList(
             HeteroConv(
-                {relation: SAGEConv((sage, sage), sage) for relation in RELATIONS}, aggr="mean"
+                {relation: _SageConv((sage, sage), sage) for relation in RELATIONS}, aggr="mean"
             )
             for _ in range(2)
         )
         self.gat = nn.ModuleList(
             HeteroConv(
                 {
-                    relation: GATConv(
+                    relation: _GatConv(
                         (width, width),
                         gat,
                         heads=config.attention_heads,

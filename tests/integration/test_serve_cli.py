@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from support.bus import CATALOG, SECRET, as_fields, state_packet
+from support.policies import checkpoint
 
 from tamiyo_svc.leyline.envelope import seal
 from tamiyo_svc.leyline.signing import Keyring
@@ -105,6 +106,29 @@ def test_bare_script_gets_its_command_and_a_jump_in_loss_pauses(
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert SECRET not in (tmp_path / "log").read_text()
+
+
+def test_no_file_is_written_but_the_state(environment: dict[str, str], tmp_path: Path) -> None:
+    home, temporary, policy = (tmp_path / name for name in ("home", "temporary", "policy"))
+    home.mkdir()
+    temporary.mkdir()
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary)}
+    policy.write_bytes(checkpoint(1.0))
+    with serving(environment, tmp_path / "log"):
+        assert bare_packet(environment, "0.5").startswith("COMMAND_SEED policy ")
+        publish = subprocess.run(
+            command("policy", "publish", str(policy)),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert publish.returncode == 0, publish.stdout
+        assert any((tmp_path / "state").iterdir())
+        written = [path for folder in (home, temporary) for path in folder.rglob("*")]
+    # Torch makes the folder of its compile cache when it is imported.
+    assert [path for path in written if path.is_file()] == []
 
 
 def test_second_signal_exits_at_once(environment: dict[str, str], tmp_path: Path) -> None:
