@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from itertools import count
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tamiyo_svc.client.client import TamiyoClient
-from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.client import from_environment
 from tamiyo_svc.trainer.blueprints import write_catalog
 from tamiyo_svc.trainer.loop import Trainer, TrainerSettings
 
@@ -26,10 +24,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if not arguments.catalog.exists():
         write_catalog(arguments.catalog)
-    keyring = Keyring(Path(os.environ["ESPER_LEYLINE_SECRET_FILE"]).read_bytes().strip())
     for number in count(1):
         run_id = f"compose-{int(time.time())}-{number}"
-        with TamiyoClient(os.environ["REDIS_URL"], keyring, run_id) as client:
+        with from_environment(run_id) as client:
             summary = Trainer(client, TrainerSettings(random_seed=number)).run()
         print(
             f"{run_id}: accuracy {summary.accuracy:.4f}, {summary.received} of "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tamiyo_svc.client.core import ClientCore, ClientSettings
+from tamiyo_svc.client.core import NORMAL_STREAM, ClientCore, ClientSettings
 from tamiyo_svc.client.verification import VerifiedCommand
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline.signing import Keyring
@@ -48,10 +49,13 @@ class TamiyoClient(ClientCore):
 
 
 def from_environment(run_id: str, environment: Mapping[str, str] | None = None) -> TamiyoClient:
-    """A client set up as the service is: REDIS_URL, ESPER_LEYLINE_SECRET, TAMIYO_CLIENT_MODE.
+    """A client set up by the variables the service knows, and TAMIYO_CLIENT_MODE.
+
+    They are REDIS_URL, ESPER_LEYLINE_SECRET and ESPER_LEYLINE_SECRET_PREVIOUS or files under the
+    same names with _FILE, OONA_NORMAL_STREAM and OONA_FIELD_REPORT_STREAM.
 
     Raises:
-        ConfigurationError: the secret is missing or the mode is none.
+        ConfigurationError: the secret is missing or cannot be read, or the mode is none.
     """
     variables = os.environ if environment is None else environment
     try:
@@ -59,10 +63,27 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
     except ValueError:
         modes = ", ".join(ClientMode)
         raise ConfigurationError(f"TAMIYO_CLIENT_MODE must be one of {modes}") from None
-    secret = variables.get("ESPER_LEYLINE_SECRET", "")
-    previous = variables.get("ESPER_LEYLINE_SECRET_PREVIOUS", "")
-    if not secret and mode is not ClientMode.DISABLED:
+    keyring = None
+    if secret := _secret("ESPER_LEYLINE_SECRET", variables):
+        keyring = Keyring(secret, _secret("ESPER_LEYLINE_SECRET_PREVIOUS", variables) or None)
+    elif mode is not ClientMode.DISABLED:
         raise ConfigurationError("ESPER_LEYLINE_SECRET is not set; the service holds the same one")
-    keyring = Keyring(secret.encode(), previous.encode() or None) if secret else None
+    stream = variables.get("OONA_NORMAL_STREAM", NORMAL_STREAM)
+    settings = ClientSettings(
+        mode=mode,
+        stream=stream,
+        report_stream=variables.get("OONA_FIELD_REPORT_STREAM", stream),
+    )
     url = variables.get("REDIS_URL", "redis://localhost:6379/0")
-    return TamiyoClient(url, keyring, run_id, ClientSettings(mode=mode))
+    return TamiyoClient(url, keyring, run_id, settings)
+
+
+def _secret(name: str, variables: Mapping[str, str]) -> bytes:
+    """The secret of that name, or what its file holds without the newline at its end."""
+    file = variables.get(f"{name}_FILE")
+    if file is None or name in variables:
+        return variables.get(name, "").encode()
+    try:
+        return Path(file).read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        raise ConfigurationError(f"{name}_FILE: {file!r}: {error.strerror}") from None

@@ -86,11 +86,11 @@ class _Untemplated:
         pass
 
 
-class _SageConv(_Untemplated, SAGEConv):
+class _SageConv(_Untemplated, SAGEConv):  # type: ignore[misc]
     pass
 
 
-class _GatConv(_Untemplated, GATConv):
+class _GatConv(_Untemplated, GATConv):  # type: ignore[misc]
     pass
 
 

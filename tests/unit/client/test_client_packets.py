@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tamiyo_svc.client import AckOutcome, ClientMode, ClientSettings, State
+from tamiyo_svc.client.capture import read_capture
 from tamiyo_svc.client.client import from_environment
 from tamiyo_svc.client.packets import build_packet, build_report
 from tamiyo_svc.client.run import RunSettings, TamiyoRun
@@ -86,6 +88,25 @@ def test_the_environment_names_mode_and_secret() -> None:
         from_environment("r", {})
     with pytest.raises(ConfigurationError, match="online, observe, offline, disabled"):
         from_environment("r", {"TAMIYO_CLIENT_MODE": "sometimes"})
+
+
+def test_the_environment_names_the_streams_and_a_file_with_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("leyline").write_text("the current secret\n")
+    variables = {
+        "ESPER_LEYLINE_SECRET_FILE": "leyline",
+        "OONA_NORMAL_STREAM": "oona.normal.pod-1",
+        "TAMIYO_CLIENT_MODE": "offline",
+    }
+    with from_environment("r", variables) as client:
+        client.publish(State(training_loss=0.7), 1)
+    (entry,) = read_capture(client.settings.spool)
+    assert entry.stream == client.settings.report_stream == "oona.normal.pod-1"
+    assert Keyring(b"the current secret").verify(entry.payload, entry.signature)
+    with pytest.raises(ConfigurationError, match="ESPER_LEYLINE_SECRET_FILE"):
+        from_environment("r", {"ESPER_LEYLINE_SECRET_FILE": str(tmp_path / "gone")})
 
 
 def test_the_fixtures_answer_without_redis(
