@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from support.exported_metrics import exported, unknown_references
 from support.kustomization import Resource, containers, identity, pod_spec, render
 
@@ -165,9 +168,28 @@ def test_selectors_find_the_pods(overlay: str) -> None:
         for each in resources
         if each["kind"] in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor", "StatefulSet")
     ]
-    assert len(selectors) >= 2
+    assert selectors
     for selector in selectors:
         assert selector["matchLabels"].items() <= labels
+
+
+def test_what_selects_replicas_selects_no_training_job() -> None:
+    job = workload("sidecar")["spec"]["template"]["metadata"]["labels"].items()
+    selectors = [
+        by_kind("standalone", kind)["spec"][
+            "podSelector" if kind == "NetworkPolicy" else "selector"
+        ]
+        for kind in ("NetworkPolicy", "PodDisruptionBudget", "StatefulSet")
+    ]
+    for labels in (
+        by_kind("standalone", "Service")["spec"]["selector"],
+        *(selector["matchLabels"] for selector in selectors),
+    ):
+        assert (
+            labels.items()
+            <= workload("standalone")["spec"]["template"]["metadata"]["labels"].items()
+        )
+        assert not labels.items() <= job
 
 
 def test_scaling_follows_a_metric_that_exists_on_the_workload_that_exists() -> None:
@@ -201,6 +223,22 @@ def test_trainer_and_sidecar_speak_on_the_same_stream() -> None:
         for container in containers(workload("sidecar"))
     }
     assert streams == {"tamiyo": "oona.normal.", "trainer": "oona.normal."}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_renders_the_same(overlay: str) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run(
+        [kubectl, "kustomize", str(FOLDER / "overlays" / overlay)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    rendered = {identity(each): each for each in yaml.safe_load_all(done.stdout)}
+    assert rendered == {identity(each): each for each in render(FOLDER / "overlays" / overlay)}
 
 
 def test_a_patch_without_a_target_is_an_error(tmp_path: Path) -> None:
