@@ -46,6 +46,8 @@ BUS_EXIT: Final = 3
 _BLOCK_MS: Final = 5_000
 # An update of the largest size is held about six times over while it is read.
 _MAX_DATA_BYTES: Final = 6 << 30
+# Where a container finds its memory limit (cgroups, version 2).
+_CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _REASONS: Final = {
     RejectReason.MISSING_SIGNATURE: PolicyRejection.MISSING_SIGNATURE,
     RejectReason.INVALID_SIGNATURE: PolicyRejection.INVALID_SIGNATURE,
@@ -283,10 +285,25 @@ def _follow_parent(requests: queue.SimpleQueue[str]) -> None:
     os._exit(1)
 
 
+def data_limit_bytes(hard: int, container: str) -> int:
+    """Private memory this process may take.
+
+    `hard` is what `getrlimit` gives; `container` is the memory limit as cgroups write it, empty if
+    there is none. Half of that is left to the service: at the limit of a container the kernel ends
+    all of its processes.
+    """
+    limits = [_MAX_DATA_BYTES]
+    if hard != resource.RLIM_INFINITY:
+        limits.append(hard)
+    if container.strip().isdecimal():
+        limits.append(int(container) // 2)
+    return min(limits)
+
+
 def _bound_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _MAX_DATA_BYTES if hard == resource.RLIM_INFINITY else min(hard, _MAX_DATA_BYTES)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    container = _CONTAINER_LIMIT.read_text() if _CONTAINER_LIMIT.is_file() else ""
+    resource.setrlimit(resource.RLIMIT_DATA, (data_limit_bytes(hard, container), hard))
 
 
 if __name__ == "__main__":
