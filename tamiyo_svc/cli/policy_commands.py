@@ -174,8 +174,8 @@ def generate(
 
     keys.generate(out)
     typer.echo(
-        f"{out}: set ESPER_LEYLINE_SECRET_FILE to it; to rotate, put the old one under "
-        "ESPER_LEYLINE_SECRET_PREVIOUS_FILE everywhere first"
+        f"{out}: set ESPER_LEYLINE_SECRET_FILE to it; to rotate, set "
+        "ESPER_LEYLINE_SECRET_PREVIOUS_FILE to it everywhere first"
     )
 
 

@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from support.served_process import SECRET, command_for, serve
+from support.served_process import (
+    SECRET,
+    START_TIMEOUT_S,
+    ServiceProcess,
+    command_for,
+    free_port,
+    serve,
+    started,
+    until,
+)
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
+from tamiyo_svc.client import State, from_environment
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(900)]
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 SHOWN = {
     "operator-guide.md": (
         "redis",
@@ -27,7 +38,7 @@ SHOWN = {
         "policy_untrained",
         "missing_signature",
     ),
-    "getting-started.md": ("tamiyo ", "oona.normal", "run-1"),
+    "getting-started.md": ("tamiyo ", "packets answered in time", "oona.normal", "plain-1"),
 }
 """What the output of a page's commands must contain."""
 
@@ -47,6 +58,7 @@ def test_the_commands_of_a_page_work_one_after_the_other(name: str, tmp_path: Pa
     service_folder, folder = tmp_path / "service", tmp_path / "operator"
     service_folder.mkdir()
     folder.mkdir()
+    (folder / "examples").symlink_to(ROOT / "examples")
     with EmbeddedRedis() as redis, serve(redis.url, service_folder) as service:
         assert command_for(redis.url, "run-1", 1).command_id
         with Redis.from_url(redis.url) as client:
@@ -80,3 +92,72 @@ def test_the_commands_of_a_page_work_one_after_the_other(name: str, tmp_path: Pa
             assert word in output
         assert SECRET not in output
         assert service.get("/livez")[0] == 200
+
+
+def shell(page: Path, heading: str) -> list[str]:
+    """The lines of the first shell block under a heading."""
+    _, _, section = page.read_text().partition(f"\n## {heading}\n")
+    (block, *_) = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return [line for line in block.splitlines() if not line.startswith("#")]
+
+
+def is_answered(environment: dict[str, str], step: int) -> bool:
+    """Whether a trainer with these variables gets a command that it can verify."""
+    with from_environment(f"run-{step}", environment) as trainer:
+        trainer.publish(State(training_loss=0.7), step)
+        return trainer.wait(step, 1.0) is not None
+
+
+def test_a_service_starts_with_the_lines_of_getting_started(tmp_path: Path) -> None:
+    install, redis_server, *lines = shell(DOCS / "getting-started.md", "The service by itself")
+    assert install.startswith("pip install ")
+    assert redis_server.startswith("redis-server ")
+    log_file = tmp_path / "service.log"
+    with EmbeddedRedis() as redis, log_file.open("wb") as log:
+        script = "\n".join(lines).replace("redis://localhost:6379/0", redis.url)
+        port = free_port()
+        process = subprocess.Popen(
+            ["bash", "-ec", script.replace("tamiyo serve", "exec tamiyo serve")],
+            cwd=tmp_path,
+            env={
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "HOME": str(tmp_path),
+                "OMP_NUM_THREADS": "1",
+                "TAMIYO_HTTP_PORT": str(port),
+            },
+            stdout=log,
+            stderr=log,
+        )
+        service = ServiceProcess(process, port, redis.url, log_file)
+        try:
+            until(lambda: started(service), START_TIMEOUT_S)
+            secret = str(tmp_path / "leyline.secret")
+            trainer = {"REDIS_URL": redis.url, "ESPER_LEYLINE_SECRET_FILE": secret}
+            assert is_answered(trainer, 1)
+            process.terminate()
+            assert process.wait(30) == 0, log_file.read_text()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def test_a_key_is_rotated_as_written_without_losing_a_command(tmp_path: Path) -> None:
+    for name in ("leyline.secret", "leyline.new"):
+        (tmp_path / name).write_text(f"the contents of {name}")
+    steps = [{"ESPER_LEYLINE_SECRET_FILE": "leyline.secret"}]
+    steps += [
+        dict(re.findall(r"(\w+)=(\S+?)(?:;|\s|$)", line))
+        for line in shell(DOCS / "operator-guide.md", "Rotating the key")
+    ]
+    assert len(steps) == 4
+    variables = [
+        {name: str(tmp_path / file) for name, file in environment.items()} for environment in steps
+    ]
+    with EmbeddedRedis() as redis:
+        for place, service in enumerate(variables):
+            with serve(redis.url, tmp_path, service):
+                # Trainers are a step behind, at the same one, or one ahead.
+                for other, trainer in enumerate(variables):
+                    answered = is_answered({"REDIS_URL": redis.url, **trainer}, 10 * place + other)
+                    assert answered == (abs(place - other) <= 1), (place, other)

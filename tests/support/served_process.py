@@ -58,7 +58,10 @@ def serve(
     environment: dict[str, str] | None = None,
     command: Sequence[str] = (sys.executable, "-m", "tamiyo_svc.cli.main"),
 ) -> Iterator[ServiceProcess]:
-    """A service that is ready; it is stopped and must stop cleanly at the end."""
+    """A service that is ready; it is stopped and must stop cleanly at the end.
+
+    `environment` adds to the settings; a secret in a file takes the place of the usual one.
+    """
     port = free_port()
     log_file = folder / "service.log"
     inherited = {
@@ -77,10 +80,13 @@ def serve(
         "TAMIYO_STATE_MAX_AGE_MS": "20000",
         "OMP_NUM_THREADS": "1",
     }
+    settings |= environment or {}
+    if "ESPER_LEYLINE_SECRET_FILE" in settings:
+        del settings["ESPER_LEYLINE_SECRET"]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [*command, "serve"],
-            env={**inherited, **settings, **(environment or {})},
+            env={**inherited, **settings},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
