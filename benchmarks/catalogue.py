@@ -13,7 +13,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -123,11 +123,11 @@ def gone(path: Path) -> Iterator[None]:
     aside.rename(path)
 
 
-def met(file: str, path: Path) -> Any:
+def met(file: str, path: Path) -> AbstractContextManager[None]:
     """The state of the file during a phase."""
-    return {"there": nullcontext, "locked": lambda: locked(path), "gone": lambda: gone(path)}[
-        file
-    ]()
+    if file == "locked":
+        return locked(path)
+    return gone(path) if file == "gone" else nullcontext()
 
 
 def catalog_update(keyring: Keyring) -> Any:
