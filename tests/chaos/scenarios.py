@@ -233,15 +233,13 @@ def flush_redis(times: int) -> Figures:
     """FLUSHALL under load: what was in Redis is lost, and nothing after it."""
     recoveries_s: list[float] = []
     flushed = 0
-    with EmbeddedRedis() as redis, replicas(redis.url):
+    with EmbeddedRedis() as redis, replicas(redis.url), connect(redis.url) as admin:
         for number in range(times):
-            with Load(redis.url, KEYRING, runs=2, alone_share=1.0) as load:
+            with Load(redis.url, KEYRING, prefix=f"before-{number}-") as before:
                 time.sleep(0.3)
-                load.stop()
-                flushed += len(load.published)
-            with connect(redis.url) as admin:
+                flushed += len(before.published)
                 admin.flushall()
-            recoveries_s.append(_recovery_s(redis.url, f"flushed-{number}"))
+                recoveries_s.append(_recovery_s(redis.url, f"flushed-{number}"))
             with Load(redis.url, KEYRING) as load:
                 time.sleep(0.3)
                 load.stop()

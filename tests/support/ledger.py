@@ -46,6 +46,8 @@ class Load:
     per_s: float = 150.0
     runs: int = 8
     alone_share: float = 0.5
+    prefix: str = ""
+    """What the names of its runs begin with, to tell them from another load's."""
     published: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Packet id -> run and step, for packets whose publishing was confirmed."""
     uncertain: set[str] = field(default_factory=set)
@@ -75,7 +77,8 @@ class Load:
         while not self._stop.is_set():
             number += 1
             alone = random.random() < self.alone_share
-            run_id = f"alone-{number}" if alone else f"run-{random.randrange(self.runs)}"
+            name = f"alone-{number}" if alone else f"run-{random.randrange(self.runs)}"
+            run_id = self.prefix + name
             steps[run_id] += 1
             packet = state_packet(run_id, steps[run_id], seeds=random.choice((0, 1, 4)))
             fields: Any = dict(seal(packet, self.keyring).fields())
