@@ -245,6 +245,13 @@ class ClientMode(StrEnum):
     """Does nothing at all."""
 
 
+class Direction(StrEnum):
+    """Which way entries go between a client and the bus."""
+
+    OUT = "out"
+    IN = "in"
+
+
 class AckOutcome(StrEnum):
     """What a trainer made of a command."""
 

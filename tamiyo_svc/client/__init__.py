@@ -7,7 +7,7 @@ frameworks import torch, Lightning or Transformers themselves.
 from tamiyo_svc.client.aio import AsyncTamiyoClient
 from tamiyo_svc.client.client import TamiyoClient, from_environment
 from tamiyo_svc.client.core import ClientSettings
-from tamiyo_svc.client.exchange import ClientCounters
+from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.packets import State
 from tamiyo_svc.client.transport import TransportOptions
 from tamiyo_svc.client.verification import VerifiedCommand

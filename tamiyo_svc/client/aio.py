@@ -43,7 +43,7 @@ class AsyncTamiyoClient(ClientCore):
         try:
             while (command := self._exchange.poll()) is None:
                 left_s = deadline_s - self._monotonic()
-                if left_s <= 0.0 or self._exchange.reachable is False:
+                if left_s <= 0.0 or not self._exchange.may_come(step):
                     break
                 try:
                     async with asyncio.timeout(left_s):

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tamiyo_svc.client.exchange import ClientCounters, Exchange
-from tamiyo_svc.client.packets import State, build_packet, build_report
+from tamiyo_svc.client.counters import ClientCounters
+from tamiyo_svc.client.drafts import Draft, Origin, PacketDraft, ReportDraft
+from tamiyo_svc.client.exchange import Exchange
+from tamiyo_svc.client.packets import State, freeze
 from tamiyo_svc.client.spool import Spool
-from tamiyo_svc.client.transport import Link, Outgoing, Transport, TransportOptions
+from tamiyo_svc.client.transport import Link, Transport, TransportOptions
 from tamiyo_svc.client.verification import CommandVerifier, VerifiedCommand
 from tamiyo_svc.client.worker import Worker
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.leyline.envelope import seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.taxonomy import AckOutcome, ClientMode
 
@@ -33,8 +34,8 @@ class ClientSettings:
     """How a client behaves.
 
     `max_wait_s` caps every wait, whatever its timeout. The queue holds at most `max_entries`
-    entries and `max_queue_bytes` of envelopes. `spool` is the capture file of offline mode.
-    `close_timeout_s` is how long closing may take to send what is queued.
+    entries and `max_queue_bytes`, estimated until they are built. `spool` is the capture file of
+    offline mode. `close_timeout_s` is how long closing may take to send what is queued.
     """
 
     mode: ClientMode = ClientMode.ONLINE
@@ -99,7 +100,15 @@ class ClientCore:
     def _renew(self) -> None:
         """Take a new identity and a new, unopened link."""
         self._incarnation = os.urandom(4).hex()
-        self._trace_id = os.urandom(16).hex()
+        self._origin = Origin(
+            keyring=self._keyring,
+            run_id=self.run_id,
+            experiment=self.settings.experiment,
+            stream=self.settings.stream,
+            report_stream=self.settings.report_stream,
+            reply_stream=self.reply_stream,
+            trace_id=os.urandom(16).hex(),
+        )
         cursor = "" if self._link is None else self._link.cursor
         self._link = self._new_link()
         self._link.cursor = cursor
@@ -110,9 +119,7 @@ class ClientCore:
             return self._make_link()
         if self.settings.mode is ClientMode.OFFLINE:
             return Spool(self.settings.spool, self._clock)
-        return Transport(
-            self._redis_url, self.reply_stream, self.settings.transport, self._monotonic
-        )
+        return Transport(self._redis_url, self.reply_stream, self.settings.transport)
 
     @property
     def mode(self) -> ClientMode:
@@ -134,26 +141,23 @@ class ClientCore:
     ) -> str:
         """Queue the packet of a step; its id, empty when there is none.
 
-        From here on it is this step's command that `wait` and `poll` give.
+        From here on it is this step's command that `wait` and `poll` give. The values are copied
+        now; the packet is built and signed in the client's own thread. A value that does not fit
+        costs the packet, is logged once and counts as unpublished.
         """
         if not self._enabled:
             return ""
         packet_id = f"{self.run_id}-{step}-{self._incarnation}"
+        timestamp_ns = int(self._clock() * 1e9)
         try:
-            packet = build_packet(
-                state,
-                run_id=self.run_id,
-                packet_id=packet_id,
-                step=step,
-                timestamp_ns=int(self._clock() * 1e9),
-                experiment=self.settings.experiment,
-            )
-        except (TypeError, ValueError) as error:
-            if not self.counters.unpublished:
-                _LOG.warning("step %s cannot be published: %s", step, error)
-            self._exchange.refused()
+            content = freeze(state)
+        # Whatever the state holds, training goes on.
+        except Exception as error:
+            self._exchange.refuse(step, str(error))
             return ""
-        posted = self.publish_packet(packet, blueprint_ids=blueprint_ids, traceparent=traceparent)
+        posted = self._post(
+            PacketDraft(content, packet_id, step, timestamp_ns, tuple(blueprint_ids), traceparent)
+        )
         return packet_id if posted else ""
 
     def publish_packet(
@@ -163,7 +167,7 @@ class ClientCore:
         blueprint_ids: Sequence[str] = (),
         traceparent: str = "",
     ) -> bool:
-        """Queue a packet built elsewhere; False when it cannot be sent.
+        """Queue a copy of a packet built elsewhere; False when it cannot be sent.
 
         Raises:
             ValueError: the packet has no id or is of another run.
@@ -172,20 +176,16 @@ class ClientCore:
             return False
         if not packet.packet_id or packet.training_run_id != self.run_id:
             raise ValueError(f"not a packet of run {self.run_id!r}")
-        attributes = {
-            "reply_to": self.reply_stream,
-            "training_run_id": self.run_id,
-            "packet_id": packet.packet_id,
-            "step_index": str(packet.global_step),
-            "traceparent": traceparent or f"00-{self._trace_id}-{os.urandom(8).hex()}-01",
-        }
-        if blueprint_ids:
-            attributes["blueprint_id"] = ",".join(blueprint_ids)
-        outgoing = Outgoing(self.settings.stream, seal(packet, self._keyring, attributes))
-        if not self._exchange.post_packet(outgoing, packet.packet_id, packet.global_step):
-            return False
-        self._wake()
-        return True
+        return self._post(
+            PacketDraft(
+                packet.SerializeToString(deterministic=True),
+                packet.packet_id,
+                packet.global_step,
+                packet.timestamp_ns,
+                tuple(blueprint_ids),
+                traceparent,
+            )
+        )
 
     def poll(self) -> VerifiedCommand | None:
         """The command for the step published last if it is there, without waiting."""
@@ -195,24 +195,18 @@ class ClientCore:
         """Report what became of a command."""
         if not self._enabled:
             return
-        report = build_report(
-            verified.command,
-            outcome,
-            reason,
-            run_id=self.run_id,
-            issued_ns=int(self._clock() * 1e9),
+        command = leyline.AdaptationCommand()
+        command.CopyFrom(verified.command)
+        self._post(
+            ReportDraft(
+                command,
+                verified.packet_id,
+                verified.step_index,
+                outcome,
+                reason,
+                int(self._clock() * 1e9),
+            )
         )
-        attributes = {
-            "training_run_id": self.run_id,
-            "packet_id": verified.packet_id,
-            "step_index": str(verified.step_index),
-            "command_id": verified.command.command_id,
-            "policy_version": report.tamiyo_policy_version,
-        }
-        self._exchange.post_report(
-            Outgoing(self.settings.report_stream, seal(report, self._keyring, attributes))
-        )
-        self._wake()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs so that no command is applied twice; plain values."""
@@ -231,14 +225,17 @@ class ClientCore:
         if self._link is not None and self._worker is None:
             self._link.cursor = state["cursor"]
 
-    def _wake(self) -> None:
+    def _post(self, draft: Draft) -> bool:
+        if not self._exchange.post(draft):
+            return False
         if self._worker is None or not self._worker.alive:
             assert self._link is not None
-            self._worker = Worker(self._exchange, self._link, self._monotonic)
+            self._worker = Worker(self._exchange, self._link, self._origin, self._monotonic)
             self._finalizer = weakref.finalize(
                 self, self._worker.stop, self.settings.close_timeout_s
             )
         self._worker.wake()
+        return True
 
     def _stop(self) -> None:
         if self._worker is not None:

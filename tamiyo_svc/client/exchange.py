@@ -1,7 +1,8 @@
-"""Where the training thread and the client's own thread meet: two sides of one lock.
+"""Where the training thread and the client's own threads meet, under one lock.
 
-The training thread posts entries and asks for the command of its last packet; the other thread
-takes entries in order and hands in what arrived. Everything here is bounded.
+The training thread posts drafts and asks for the command of its last packet; one thread takes
+what was posted in order, another hands in what arrived. Everything here is bounded, and nothing
+under the lock takes long: what is posted is sealed and what arrived is authenticated outside.
 """
 
 from __future__ import annotations
@@ -9,58 +10,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from tamiyo_svc.client.circuit import Circuit
-from tamiyo_svc.client.transport import Entry, Outgoing
+from tamiyo_svc.client.counters import ClientCounters
+from tamiyo_svc.client.drafts import Draft, Outgoing, PacketDraft
+from tamiyo_svc.client.outbox import Outbox, Posted
+from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.client.verification import CommandRejectedError, CommandVerifier, VerifiedCommand
 from tamiyo_svc.leyline.envelope import DEFAULT_MAX_BYTES
-from tamiyo_svc.taxonomy import CommandRejection
+from tamiyo_svc.taxonomy import Direction
 
 _LOG: Final = logging.getLogger("tamiyo.client")
+_NOBODY: Final = ("", -1)
 _MISSES_IN_A_ROW: Final = 3
 """After this many the service counts as silent and waiting stops for a while."""
-
-
-@dataclass(slots=True)
-class ClientCounters:
-    """What became of packets and commands.
-
-    `published` counts entries of packets that the bus has taken, `unpublished` packets that were
-    never sent: refused, dropped from a full queue (`dropped`, oldest first) or lost at closing.
-    Every `wait` ends in `received` or `missed`; `waits_skipped` of the misses did not wait,
-    because the bus or the service had been silent. `late` commands came for an earlier packet or
-    after nobody waited any more. `observed` commands were only logged.
-    """
-
-    published: int = 0
-    unpublished: int = 0
-    dropped: int = 0
-    received: int = 0
-    observed: int = 0
-    missed: int = 0
-    waits_skipped: int = 0
-    late: int = 0
-    acknowledged: int = 0
-    bus_errors: int = 0
-    faults: int = 0
-    rejected: Counter[CommandRejection] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True, slots=True)
-class Posted:
-    """An entry in the queue; `is_packet` tells state packets from field reports."""
-
-    outgoing: Outgoing
-    is_packet: bool
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the envelope."""
-        return len(self.outgoing.envelope.payload)
 
 
 class Exchange:
@@ -83,18 +48,17 @@ class Exchange:
         self.counters = ClientCounters()
         self.verifier = verifier
         self.reachable: bool | None = None
-        """Whether the bus answered last; None before the first attempt."""
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
+        """Whether the bus answered last, both ways; None before the first attempt."""
+        self._away: set[Direction] = set()
+        self._largest_bytes = min(DEFAULT_MAX_BYTES, max_bytes)
         self._hands_out = hands_out
         self._clock = clock
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._queue: deque[Posted] = deque()
-        self._queued_bytes = 0
+        self._outbox = Outbox(max_entries, max_bytes)
         self._in_flight = 0
-        self._awaited = ("", -1)
+        self._awaited = _NOBODY
         self._command: VerifiedCommand | None = None
         self._patience = Circuit()
         self._misses = 0
@@ -102,18 +66,19 @@ class Exchange:
 
     @property
     def queued_bytes(self) -> int:
-        """Bytes of the entries that wait to be sent."""
-        return self._queued_bytes
+        """Bytes of what waits to be sent, estimated while it is not sealed."""
+        return self._outbox.size_bytes
 
     def reset(self) -> None:
         """Start anew in a forked child, where whoever held the lock does not exist."""
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._queue.clear()
-        self._queued_bytes = self._in_flight = 0
-        self._awaited = ("", -1)
+        self._outbox.take(len(self._outbox))
+        self._in_flight = 0
+        self._awaited = _NOBODY
         self._command = None
         self.reachable = None
+        self._away.clear()
         self.counters = ClientCounters()
 
     def restore(self, accepted_s: Mapping[str, float]) -> None:
@@ -121,40 +86,54 @@ class Exchange:
         with self._lock:
             self.verifier.restore(accepted_s)
 
-    def post_packet(self, outgoing: Outgoing, packet_id: str, step: int) -> bool:
-        """Queue a state packet; from now on its command is the one that counts.
+    def post(self, draft: Draft) -> bool:
+        """Queue a draft; from now on the command for the last packet is the one that counts.
 
         False when it is larger than any reader takes.
         """
-        posted = Posted(outgoing, is_packet=True)
+        posted = Posted(draft, draft.size_bytes)
         with self._lock:
-            self._retire_command()
-            self._awaited = ("", -1)
-            if posted.size_bytes > min(DEFAULT_MAX_BYTES, self._max_bytes):
-                self.counters.unpublished += 1
-                return False
-            self.verifier.expect(packet_id, step)
-            self._awaited = (packet_id, step)
-            self._enqueue(posted)
+            if isinstance(draft, PacketDraft):
+                self._retire_command()
+                if posted.size_bytes > self._largest_bytes:
+                    self.counters.unpublished += 1
+                    return False
+                self._awaited = (draft.packet_id, draft.step)
+            self._count_dropped(self._outbox.append(posted))
         return True
 
-    def post_report(self, outgoing: Outgoing) -> None:
-        """Queue a field report."""
+    def refuse(self, step: int, reason: str, posted: Posted | None = None) -> None:
+        """Give up a packet that cannot be built; whoever waits for its command need not."""
         with self._lock:
-            self._enqueue(Posted(outgoing, is_packet=False))
+            first = not self.counters.unpublished
+            self.counters.unpublished += posted is None or posted.is_packet
+            if posted is None or self._is_awaited(posted.draft.packet_id):
+                self._retire_command()
+                self._notify()
+            if posted is not None:
+                self._in_flight -= 1
+                self._changed.notify_all()
+        if first:
+            _LOG.warning("step %s cannot be published: %s", step, reason)
 
-    def refused(self) -> None:
-        """Count a packet that could not be built."""
-        with self._lock:
-            self._retire_command()
-            self._awaited = ("", -1)
-            self.counters.unpublished += 1
+    def sealed(self, posted: Posted, outgoing: Outgoing) -> bool:
+        """Note the sealed form of what `take` gave; an answer to it is expected from now on.
+
+        False when it turned out larger than any reader takes.
+        """
+        posted.outgoing = outgoing
+        posted.size_bytes = len(outgoing.envelope.payload)
+        if posted.size_bytes > self._largest_bytes:
+            return False
+        if isinstance(posted.draft, PacketDraft):
+            with self._lock:
+                self.verifier.expect(posted.draft.packet_id, posted.draft.step)
+        return True
 
     def take(self, count: int) -> list[Posted]:
-        """The oldest entries of the queue, to be given back to `sent` or `unsent`."""
+        """The oldest of the queue; each is to be given to `refuse`, `sent` or `unsent`."""
         with self._lock:
-            batch = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
-            self._queued_bytes -= sum(entry.size_bytes for entry in batch)
+            batch = self._outbox.take(count)
             self._in_flight = len(batch)
         return batch
 
@@ -170,64 +149,61 @@ class Exchange:
     def unsent(self, batch: Sequence[Posted]) -> None:
         """Put entries back to be sent again; readers recognise one that arrives twice."""
         with self._lock:
-            self._queue.extendleft(reversed(batch))
-            self._queued_bytes += sum(entry.size_bytes for entry in batch)
+            self._count_dropped(self._outbox.put_back(batch))
             self._in_flight = 0
-            self._shed()
             self._changed.notify_all()
 
     def discard(self) -> None:
         """Give up what is still queued."""
         with self._lock:
-            self.counters.unpublished += sum(entry.is_packet for entry in self._queue)
-            self._queue.clear()
-            self._queued_bytes = 0
+            left = self._outbox.take(len(self._outbox))
+            self.counters.unpublished += sum(posted.is_packet for posted in left)
             self._changed.notify_all()
 
-    def set_reachable(self, reachable: bool) -> None:
-        """Note whether the bus answers; waiters give up when it does not."""
-        if reachable is self.reachable:
-            return
+    def answered(self, direction: Direction) -> bool:
+        """Note that the bus answers in this direction; whether it was away and is back with it."""
+        if self.reachable and direction not in self._away:
+            return False
         with self._lock:
-            self.reachable = reachable
+            self._away.discard(direction)
+            back = self.reachable is False and not self._away
+            self.reachable = not self._away
             self._notify()
+        return back
 
-    def bus_failed(self) -> None:
-        """Count a failure of the bus."""
-        with self._lock:
-            self.counters.bus_errors += 1
+    def failed(self, direction: Direction, *, fault: bool = False) -> bool:
+        """Count a failure in this direction, a `fault` if nobody foresaw it; waiters give up.
 
-    def faulted(self) -> None:
-        """Count an error nobody foresaw in the client's own thread."""
+        Whether the bus was not known to be away.
+        """
         with self._lock:
-            self.counters.faults += 1
+            lost = self.reachable is not False
+            self.counters.faults += fault
+            self.counters.bus_errors += not fault
+            self._away.add(direction)
+            self.reachable = False
+            self._notify()
+        return lost
 
     def deliver(self, entries: Iterable[Entry]) -> None:
         """Verify what arrived on the reply stream and keep the command that is waited for."""
         for entry in entries:
-            with self._lock:
-                try:
-                    command = self.verifier.verify(entry, self._clock())
-                except CommandRejectedError as error:
-                    first = not self.counters.rejected[error.reason]
-                    self.counters.rejected[error.reason] += 1
-                    if first:
-                        _LOG.warning("command refused: %s", error.reason)
-                    continue
-                self._misses = 0
-                self._patience.succeeded()
-                if not self._hands_out:
-                    self.counters.observed += 1
-                    _LOG.info(
-                        "command %s for step %d observed, not applied",
-                        command.command.command_id,
-                        command.step_index,
-                    )
-                elif command.packet_id == self._awaited[0]:
-                    self._command = command
-                    self._notify()
-                else:
-                    self.counters.late += 1
+            try:
+                authentic = self.verifier.open(entry)
+                with self._lock:
+                    command = self.verifier.accept(authentic, self._clock())
+                    self._keep(command)
+            except CommandRejectedError as error:
+                if not self.counters.rejected[error.reason]:
+                    _LOG.warning("command refused: %s", error.reason)
+                self.counters.rejected[error.reason] += 1
+                continue
+            if not self._hands_out:
+                _LOG.info(
+                    "command %s for step %d observed, not applied",
+                    command.command.command_id,
+                    command.step_index,
+                )
 
     def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None:
         """Block until the command for `step`, the last one posted, is there or time is up."""
@@ -235,12 +211,16 @@ class Exchange:
             deadline_s = self._begin(step, timeout_s)
             while (command := self._taken(step)) is None:
                 left_s = deadline_s - self._monotonic()
-                if left_s <= 0.0 or self.reachable is False:
+                if left_s <= 0.0 or not self.may_come(step):
                     break
                 self._changed.wait(left_s)
             if command is None:
                 self._missed(timeout_s)
         return command
+
+    def may_come(self, step: int) -> bool:
+        """Whether the command for `step` can still come."""
+        return self.reachable is not False and step == self._awaited[1]
 
     def begin(self, step: int, timeout_s: float, arrived: Callable[[], None]) -> float:
         """Start a wait that does not block: `arrived` is called from the other thread.
@@ -269,12 +249,26 @@ class Exchange:
         """Wait until everything queued is sent; False when it is not, at once without a bus."""
         deadline_s = self._monotonic() + timeout_s
         with self._lock:
-            while self._queue or self._in_flight:
+            while self._outbox or self._in_flight:
                 left_s = deadline_s - self._monotonic()
                 if left_s <= 0.0 or self.reachable is False:
                     return False
                 self._changed.wait(left_s)
         return True
+
+    def _keep(self, command: VerifiedCommand) -> None:
+        self._misses = 0
+        self._patience.succeeded()
+        if not self._hands_out:
+            self.counters.observed += 1
+        elif self._is_awaited(command.packet_id):
+            self._command = command
+            self._notify()
+        else:
+            self.counters.late += 1
+
+    def _is_awaited(self, packet_id: str) -> bool:
+        return packet_id == self._awaited[0]
 
     def _begin(self, step: int, timeout_s: float) -> float:
         now_s = self._monotonic()
@@ -294,7 +288,7 @@ class Exchange:
         if command is None or step != self._awaited[1]:
             return None
         self._command = None
-        self._awaited = ("", -1)
+        self._awaited = _NOBODY
         self.counters.received += 1
         return command
 
@@ -308,23 +302,14 @@ class Exchange:
                 self._patience.failed(now_s)
 
     def _retire_command(self) -> None:
+        self._awaited = _NOBODY
         if self._command is not None:
             self._command = None
             self.counters.late += 1
 
-    def _enqueue(self, posted: Posted) -> None:
-        self._queue.append(posted)
-        self._queued_bytes += posted.size_bytes
-        self._shed()
-
-    def _shed(self) -> None:
-        while self._queue and (
-            len(self._queue) > self._max_entries or self._queued_bytes > self._max_bytes
-        ):
-            oldest = self._queue.popleft()
-            self._queued_bytes -= oldest.size_bytes
-            self.counters.dropped += 1
-            self.counters.unpublished += oldest.is_packet
+    def _count_dropped(self, dropped: Sequence[Posted]) -> None:
+        self.counters.dropped += len(dropped)
+        self.counters.unpublished += sum(posted.is_packet for posted in dropped)
 
     def _notify(self) -> None:
         self._changed.notify_all()

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from google.protobuf.message import Message
+
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import AckOutcome
 
 _MAX_NOTE_CHARS: Final = 200
+_FLOAT: Final = frozenset({float})
 
 SeedValues = leyline.SeedState | Mapping[str, Any]
 HardwareValues = leyline.HardwareContext | Mapping[str, Any]
@@ -33,8 +36,41 @@ class State:
     hardware: HardwareValues | None = None
 
 
+# Not frozen like `State`, as it is made in the training thread and that takes three times as long.
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """A state as it was: numbers of its own, and its messages as bytes."""
+
+    training_loss: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+    epoch: int
+    metrics: dict[str, float]
+    seeds: list[bytes]
+    hardware: bytes | None
+
+
+def freeze(state: State) -> Snapshot:
+    """A copy that no later change to the caller's values reaches.
+
+    Metrics that are no numbers are left out.
+
+    Raises:
+        TypeError, ValueError: another value does not fit its field.
+    """
+    return Snapshot(
+        _number(state.training_loss),
+        _number(state.validation_loss),
+        _number(state.validation_accuracy),
+        state.epoch,
+        _numbers(state.metrics),
+        [_bytes(leyline.SeedState, seed) for seed in state.seeds],
+        None if state.hardware is None else _bytes(leyline.HardwareContext, state.hardware),
+    )
+
+
 def build_packet(
-    state: State,
+    state: Snapshot,
     *,
     run_id: str,
     packet_id: str,
@@ -42,13 +78,12 @@ def build_packet(
     timestamp_ns: int,
     experiment: str = "",
 ) -> leyline.SystemStatePacket:
-    """The state packet of one step; metrics that are no numbers are left out.
+    """The state packet of one step.
 
     Raises:
-        TypeError, ValueError: another value does not fit its field.
+        TypeError, ValueError: a value does not fit its field.
     """
-    hardware: Any = state.hardware
-    seeds: Any = state.seeds
+    hardware = state.hardware
     return leyline.SystemStatePacket(
         version=1,
         packet_id=packet_id,
@@ -61,9 +96,9 @@ def build_packet(
         training_loss=state.training_loss,
         validation_loss=state.validation_loss,
         validation_accuracy=state.validation_accuracy,
-        hardware_context=hardware,
-        training_metrics=_numbers(state.metrics),
-        seed_states=seeds,
+        hardware_context=None if hardware is None else leyline.HardwareContext.FromString(hardware),
+        training_metrics=state.metrics,
+        seed_states=[leyline.SeedState.FromString(seed) for seed in state.seeds],
     )
 
 
@@ -94,11 +129,23 @@ def build_report(
     return report
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _bytes(kind: type[Message], value: Any) -> bytes:
+    message = value if isinstance(value, kind) else kind(**value)
+    return message.SerializeToString()
+
+
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    if set(map(type, metrics.values())) <= _FLOAT:
+        return dict(metrics)
     numbers = {}
     for name, value in metrics.items():
         try:
             numbers[name] = float(value)
-        except (TypeError, ValueError, OverflowError):
+        # RuntimeError is what a tensor of several elements raises.
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             continue
     return numbers

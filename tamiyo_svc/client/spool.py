@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 from tamiyo_svc.client.capture import CapturedEntry, write_capture
-from tamiyo_svc.client.transport import Entry, Outgoing
+from tamiyo_svc.client.drafts import Outgoing
+from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.errors import BusError
 
 
@@ -19,15 +19,16 @@ class Spool:
     Ids are made as Redis makes them, from `clock` (Unix time in seconds), and rise strictly.
     """
 
+    receives = False
+
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.cursor = ""
         self._path = path
         self._clock = clock
         self._file: IO[str] | None = None
         self._last = (0, 0)
-        self._woken = threading.Event()
 
-    def open(self) -> None:
+    def connect(self) -> None:
         """Open the file for appending, unless it is open."""
         if self._file is not None:
             return
@@ -48,20 +49,10 @@ class Spool:
         try:
             write_capture(self._file, entries)
         except OSError as error:
-            self.close()
+            self.disconnect()
             raise BusError(f"spooling to {self._path}: {error}") from error
 
-    def receive(self, timeout_s: float) -> list[Entry]:
-        """Nothing, after `timeout_s` or a wake."""
-        self._woken.wait(timeout_s)
-        self._woken.clear()
-        return []
-
-    def wake(self) -> None:
-        """End a `receive` that waits, or else the next one."""
-        self._woken.set()
-
-    def close(self) -> None:
+    def disconnect(self) -> None:
         """Close the file."""
         file, self._file = self._file, None
         if file is not None:
@@ -69,6 +60,19 @@ class Spool:
                 file.close()
             except OSError as error:
                 raise BusError(f"spooling to {self._path}: {error}") from error
+
+    def listen(self) -> None:
+        """Do nothing."""
+
+    def receive(self) -> list[Entry]:
+        """Nothing, at once."""
+        return []
+
+    def stop_listening(self) -> None:
+        """Do nothing."""
+
+    def interrupt(self) -> None:
+        """Do nothing."""
 
     def _next_id(self) -> str:
         now_ms = int(self._clock() * 1e3)

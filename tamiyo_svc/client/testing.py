@@ -17,7 +17,8 @@ import pytest
 
 from tamiyo_svc.client.client import TamiyoClient
 from tamiyo_svc.client.core import ClientSettings
-from tamiyo_svc.client.transport import Entry, Outgoing
+from tamiyo_svc.client.drafts import Outgoing
+from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.errors import BusError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
@@ -168,10 +169,11 @@ class FakeService:
 class _FakeLink:
     def __init__(self, service: FakeService) -> None:
         self.cursor = ""
+        self.receives = True
         self._service = service
         self._arrived: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
 
-    def open(self) -> None:
+    def connect(self) -> None:
         self._check()
 
     def send(self, batch: Sequence[Outgoing]) -> None:
@@ -180,19 +182,22 @@ class _FakeLink:
             for entry in self._service.receive(outgoing):
                 self._arrived.put(entry)
 
-    def receive(self, timeout_s: float) -> list[Entry]:
+    def disconnect(self) -> None:
+        return
+
+    def listen(self) -> None:
         self._check()
-        try:
-            entry = self._arrived.get(timeout=timeout_s)
-        except queue.Empty:
-            return []
+
+    def receive(self) -> list[Entry]:
+        entry = self._arrived.get()
+        self._check()
         return [] if entry is None else [entry]
 
-    def wake(self) -> None:
-        self._arrived.put(None)
-
-    def close(self) -> None:
+    def stop_listening(self) -> None:
         return
+
+    def interrupt(self) -> None:
+        self._arrived.put(None)
 
     def _check(self) -> None:
         if not self._service.reachable:

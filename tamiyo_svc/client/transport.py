@@ -1,16 +1,8 @@
-"""The client's two Redis connections: one that appends, one that has a read in flight.
-
-The blocking read is sent once and stays outstanding; the thread that owns the transport sleeps on
-its socket and on a pipe that wakes it for outgoing entries.
-"""
+"""The client's two Redis connections: one that appends, one that has a read in flight."""
 
 from __future__ import annotations
 
-import os
-import selectors
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -19,16 +11,17 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
+from tamiyo_svc.client.drafts import Outgoing
 from tamiyo_svc.errors import BusError
-from tamiyo_svc.leyline.envelope import SignedEnvelope
 
 Entry = Mapping[bytes, bytes]
 """The fields of one stream entry."""
 
-_READ_COUNT: Final = 64
+_READ_COUNT: Final = 8
+"""Entries verified in a row, few for the sake of whoever wants the interpreter meanwhile."""
 _BLOCK_MS: Final = 1000
 _DEAD_AFTER_S: Final = _BLOCK_MS / 1000 + 1.0
-"""A read unanswered for this long hangs on a connection whose other end is gone."""
+"""A read unanswered for this long, in seconds, hangs on a connection without another end."""
 _ZERO_ID: Final = b"0-0"
 
 
@@ -40,21 +33,20 @@ class TransportOptions:
     socket_timeout_s: float = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """An entry on its way to a stream."""
-
-    stream: str
-    envelope: SignedEnvelope
-
-
 class Link(Protocol):
-    """Where a client's thread sends to and receives from; `wake` alone may be called by others."""
+    """Where a client's two threads send to and receive from.
+
+    One thread calls `connect`, `send` and `disconnect`, another, when the first `connect` has
+    succeeded, `listen`, `receive` and `stop_listening`. Any thread may call `interrupt`.
+    """
 
     cursor: str
+    """The id of the last entry received."""
+    receives: bool
+    """Whether there is anything to listen to."""
 
-    def open(self) -> None:
-        """Connect, unless connected.
+    def connect(self) -> None:
+        """Make ready to send, unless that has been done.
 
         Raises:
             BusError: it cannot be.
@@ -67,40 +59,50 @@ class Link(Protocol):
             BusError: it failed.
         """
 
-    def receive(self, timeout_s: float) -> list[Entry]:
-        """Entries that arrived, waiting for the first until `timeout_s` or a wake.
+    def disconnect(self) -> None:
+        """Let go of what `connect` made."""
+
+    def listen(self) -> None:
+        """Make ready to receive, unless that has been done.
 
         Raises:
-            BusError: the connection failed.
+            BusError: it cannot be.
         """
 
-    def wake(self) -> None:
-        """End a `receive` that waits, or else the next one."""
+    def receive(self) -> list[Entry]:
+        """Entries that arrived, waiting for the first for a second or so.
 
-    def close(self) -> None:
-        """Let go of everything."""
+        Raises:
+            BusError: the connection failed, or somebody interrupted.
+        """
+
+    def stop_listening(self) -> None:
+        """Let go of what `listen` made."""
+
+    def interrupt(self) -> None:
+        """End a `receive` that waits."""
 
 
 class Transport:
     """Appends to streams and reads one reply stream; every failure is a `BusError`.
 
-    A failed connection is dropped and made anew by the next `open`. Nothing is retried. `cursor`
-    is the id of the last entry read; reading begins there or at the end of the reply stream as
-    first seen, whichever is later, since nothing older can answer a packet of this process.
+    A failed connection is dropped and made anew by the next `connect` or `listen`. Nothing is
+    retried. Reading begins at `cursor` or at the end of the reply stream as first seen, whichever
+    is later, since nothing older can answer a packet of this process.
     """
+
+    receives = True
 
     def __init__(
         self,
         url: str,
         reply_stream: str,
         options: TransportOptions | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = options or TransportOptions()
         keepalive = {} if url.startswith("unix") else {"socket_keepalive": True}
         self.cursor = ""
         self._reply_stream = reply_stream
-        self._clock = clock
         self._redis = Redis.from_url(
             url,
             protocol=2,
@@ -114,34 +116,34 @@ class Transport:
         )
         self._pool: Any = self._redis.connection_pool
         self._reader: Any = None
-        self._socket: Any = None
+        self._asked = False
         self._writer: Any = None
         self._end_seen = False
-        self._sent_s: float | None = None
-        self._selector: selectors.BaseSelector | None = None
-        self._pipe: tuple[int, int] | None = None
-        self._woken = False
 
-    def open(self) -> None:
-        """Connect and put the read in flight, unless that has been done."""
+    def connect(self) -> None:
+        """Connect for writing and see where the reply stream ends, unless that has been done."""
+        if self._writer is not None:
+            return
         try:
-            self._open()
+            self._writer = self._pool.get_connection()
+            if not self._end_seen:
+                self._writer.send_command("XREVRANGE", self._reply_stream, "+", "-", "COUNT", 1)
+                newest = self._writer.read_response()
+                end = newest[0][0] if newest else _ZERO_ID
+                self.cursor = max(self.cursor or "0-0", end.decode(), key=_order)
+                self._end_seen = True
         except (RedisError, OSError) as error:
-            self._drop()
-            raise BusError(f"reading {self._reply_stream}: {error}") from error
+            self.disconnect()
+            raise BusError(f"connecting: {error}") from error
 
     def send(self, batch: Sequence[Outgoing]) -> None:
         """Append entries in one round trip."""
+        commands = [("XADD", entry.stream, "*", *_flat(entry.envelope.fields())) for entry in batch]
         try:
-            if self._writer is None:
-                self._writer = self._pool.get_connection()
-            commands = [
-                ("XADD", entry.stream, "*", *_flat(entry.envelope.fields())) for entry in batch
-            ]
             self._writer.send_packed_command(self._writer.pack_commands(commands))
             errors = [error for error in map(self._reply, batch) if error is not None]
         except (RedisError, OSError) as error:
-            self._drop_writer()
+            self.disconnect()
             raise BusError(f"writing to {batch[0].stream}: {error}") from error
         if errors:
             raise BusError(f"writing to {batch[0].stream}: {errors[0]}") from errors[0]
@@ -153,102 +155,56 @@ class Transport:
             return error
         return None
 
-    def receive(self, timeout_s: float) -> list[Entry]:
-        """Entries that arrived, waiting for the first until `timeout_s` or a wake."""
+    def disconnect(self) -> None:
+        """Close the connection for writing."""
+        writer, self._writer = self._writer, None
+        self._close(writer)
+
+    def listen(self) -> None:
+        """Connect for reading and put a read in flight, unless that has been done."""
         try:
-            self._open()
-            if not self._reader.can_read(0) and not self._readable(timeout_s):
-                if self._sent_s is not None and self._clock() - self._sent_s > _DEAD_AFTER_S:
-                    raise BusError(f"reading {self._reply_stream}: no answer")
-                return []
-            reply = self._reader.read_response()
-            self._sent_s = None
-            entries = reply[0][1] if reply else []
-            if entries:
-                self.cursor = entries[-1][0].decode()
-            self._open()
+            reader = self._reader
+            if reader is None:
+                self._reader = reader = self._pool.get_connection()
+                self._asked = False
+            if not self._asked:
+                reader.send_command(
+                    *("XREAD", "COUNT", _READ_COUNT, "BLOCK", _BLOCK_MS),
+                    *("STREAMS", self._reply_stream, self.cursor),
+                )
+                self._asked = True
         except (RedisError, OSError) as error:
-            self._drop()
+            self.stop_listening()
             raise BusError(f"reading {self._reply_stream}: {error}") from error
-        except BusError:
-            self._drop()
-            raise
+
+    def receive(self) -> list[Entry]:
+        """Entries that arrived, waiting for the first for a second."""
+        try:
+            reply = self._reader.read_response(timeout=_DEAD_AFTER_S)
+        except (RedisError, OSError) as error:
+            self.stop_listening()
+            raise BusError(f"reading {self._reply_stream}: {error}") from error
+        self._asked = False
+        entries = reply[0][1] if reply else []
+        if entries:
+            self.cursor = entries[-1][0].decode()
         return [dict(zip(flat[::2], flat[1::2], strict=True)) for _, flat in entries if flat]
 
-    def wake(self) -> None:
-        """End a `receive` that waits, or else the next one."""
-        pipe = self._pipe
-        if pipe is not None and not self._woken:
-            self._woken = True
-            # A pipe that is closed or full at this moment needs no waking.
-            with suppress(OSError):
-                os.write(pipe[1], b"\0")
+    def stop_listening(self) -> None:
+        """Close the connection for reading."""
+        reader, self._reader = self._reader, None
+        self._close(reader)
 
-    def close(self) -> None:
-        """Close both connections and the pipe."""
-        self._drop()
-        self._drop_writer()
-        self._redis.close()
-        pipe, self._pipe = self._pipe, None
-        if self._selector is not None:
-            self._selector.close()
-            self._selector = None
-        for end in pipe or ():
-            os.close(end)
+    def interrupt(self) -> None:
+        """Shut the connection for reading, so that a read that waits fails."""
+        reader = self._reader
+        if reader is not None:
+            reader.disconnect()
 
-    def _readable(self, timeout_s: float) -> bool:
-        assert self._selector is not None
-        assert self._pipe is not None
-        ready = {key.fd for key, _ in self._selector.select(timeout_s)}
-        if self._pipe[0] in ready:
-            # Cleared before the pipe is drained: a wake in between costs one turn, not a packet.
-            self._woken = False
-            os.read(self._pipe[0], 64)
-            ready.remove(self._pipe[0])
-        return bool(ready)
-
-    def _open(self) -> None:
-        if self._pipe is None:
-            pipe = os.pipe()
-            os.set_blocking(pipe[0], False)
-            os.set_blocking(pipe[1], False)
-            self._selector = selectors.DefaultSelector()
-            self._selector.register(pipe[0], selectors.EVENT_READ)
-            self._pipe = pipe
-        if self._reader is None:
-            self._reader = self._pool.get_connection()
-            assert self._selector is not None
-            # redis-py offers no public way to sleep on a connection and on something else.
-            self._socket = self._reader._sock
-            self._selector.register(self._socket, selectors.EVENT_READ)
-        if not self._end_seen:
-            self._reader.send_command("XREVRANGE", self._reply_stream, "+", "-", "COUNT", 1)
-            newest = self._reader.read_response()
-            end = newest[0][0] if newest else _ZERO_ID
-            self.cursor = max(self.cursor or "0-0", end.decode(), key=_order)
-            self._end_seen = True
-        if self._sent_s is None:
-            self._reader.send_command(
-                *("XREAD", "COUNT", _READ_COUNT, "BLOCK", _BLOCK_MS),
-                *("STREAMS", self._reply_stream, self.cursor),
-            )
-            self._sent_s = self._clock()
-
-    def _drop(self) -> None:
-        if self._reader is not None:
-            if self._selector is not None and self._socket is not None:
-                # By object: redis-py has closed the socket already when it failed.
-                self._selector.unregister(self._socket)
-            self._reader.disconnect()
-            self._pool.release(self._reader)
-        self._reader = self._socket = None
-        self._sent_s = None
-
-    def _drop_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.disconnect()
-            self._pool.release(self._writer)
-        self._writer = None
+    def _close(self, connection: Any) -> None:
+        if connection is not None:
+            connection.disconnect()
+            self._pool.release(connection)
 
 
 def _flat(fields: Entry) -> list[bytes]:

@@ -105,7 +105,14 @@ class CommandVerifier:
         Raises:
             CommandRejectedError: the entry must not be applied.
         """
-        command = self._open(fields)
+        return self.accept(self.open(fields), now_s)
+
+    def accept(self, command: leyline.AdaptationCommand, now_s: float) -> VerifiedCommand:
+        """Check a command that `open` has authenticated; `now_s` is Unix time.
+
+        Raises:
+            CommandRejectedError: the command must not be applied.
+        """
         if not command.command_id or not command.HasField("issued_at"):
             raise CommandRejectedError(CommandRejection.MISSING_IDENTITY)
         age_s = now_s - (command.issued_at.seconds + 1e-9 * command.issued_at.nanos)
@@ -120,7 +127,12 @@ class CommandVerifier:
         self._accepted_s[command.command_id] = now_s
         return verified
 
-    def _open(self, fields: Mapping[bytes, bytes]) -> leyline.AdaptationCommand:
+    def open(self, fields: Mapping[bytes, bytes]) -> leyline.AdaptationCommand:
+        """The command in an entry, its signatures checked; touches none of the memory.
+
+        Raises:
+            CommandRejectedError: the entry is no such command.
+        """
         try:
             envelope = open_envelope(fields, self._keyring, DEFAULT_MAX_BYTES)
             if envelope.message_type != leyline.BUS_MESSAGE_TYPE_ADAPTATION_COMMAND:

@@ -1,4 +1,4 @@
-"""The client's own thread: everything that could block happens here."""
+"""The client's own two threads: everything that takes long or could block happens here."""
 
 from __future__ import annotations
 
@@ -10,104 +10,163 @@ from collections.abc import Callable
 from typing import Final
 
 from tamiyo_svc.client.circuit import Circuit
+from tamiyo_svc.client.drafts import Origin
 from tamiyo_svc.client.exchange import Exchange
+from tamiyo_svc.client.outbox import Posted
 from tamiyo_svc.client.transport import Link
 from tamiyo_svc.errors import BusError
+from tamiyo_svc.taxonomy import Direction
 
 _LOG: Final = logging.getLogger("tamiyo.client")
-_BATCH: Final = 64
-_IDLE_S: Final = 0.5
-"""A wake ends a sleep; this bounds one whose wake was lost."""
+_BATCH: Final = 8
+"""Entries sealed in a row. Whoever wants the interpreter meanwhile, such as a training thread whose
+wait is over, gets it when these are sent."""
 _JOIN_S: Final = 1.0
 
 
 class Worker:
     """Carries entries between an exchange and a link until it is stopped.
 
-    After a failure the link is left alone for a while, twice as long after each further one.
-    `monotonic` is in seconds.
+    One thread builds, signs and sends what is posted and sleeps until it is woken; the other
+    sleeps on the link, verifies what arrives and hands it in. After a failure either leaves the
+    link alone for a while, twice as long after each further one. `monotonic` is in seconds.
     """
 
     def __init__(
         self,
         exchange: Exchange,
         link: Link,
+        origin: Origin,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._exchange = exchange
         self._link = link
+        self._origin = origin
         self._monotonic = monotonic
-        self._circuit = Circuit()
         self._stopping = threading.Event()
+        # Released to wake the sender. Of all ways to wake a thread this costs the one that wakes
+        # least: a system call made without giving the interpreter away in between.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._ended = False
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=self._run, name="tamiyo-client", daemon=True)
-        self._thread.start()
+        self._sender = threading.Thread(target=self._send, name="tamiyo-client-out", daemon=True)
+        self._receiver = threading.Thread(
+            target=self._receive, name="tamiyo-client-in", daemon=True
+        )
+        self._sender.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs, in this process."""
-        return self._pid == os.getpid() and self._thread.is_alive()
+        """Whether it can still send."""
+        return not self._ended
 
     def wake(self) -> None:
         """Say that there is something to send."""
-        self._link.wake()
+        try:
+            self._bell.release()
+        except RuntimeError:
+            # It has been rung and not yet heard.
+            return
 
     def stop(self, flush_s: float) -> None:
-        """Send what is queued within `flush_s` seconds, then end the thread and drop the rest."""
+        """Send what is queued within `flush_s` seconds, then end the threads and drop the rest."""
         if self._pid != os.getpid():
             return
-        if self._thread.is_alive():
-            self._exchange.flush(flush_s)
+        threads = (self._sender, self._receiver)
+        # The garbage collector may call this from any thread, even from these.
+        if threading.current_thread() in threads:
             self._stopping.set()
-            self._link.wake()
-            self._thread.join(_JOIN_S)
+            self.wake()
+            self._link.interrupt()
+            return
+        if self.alive:
+            self._exchange.flush(flush_s)
+        self._stopping.set()
+        self.wake()
+        self._link.interrupt()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(_JOIN_S)
         self._exchange.discard()
 
-    def _run(self) -> None:
+    def _send(self) -> None:
+        try:
+            self._repeat(Direction.OUT, self._send_turn, self._link.disconnect)
+        finally:
+            self._ended = True
+
+    def _receive(self) -> None:
+        self._repeat(Direction.IN, self._receive_turn, self._link.stop_listening)
+
+    def _repeat(
+        self, direction: Direction, turn: Callable[[], None], let_go: Callable[[], None]
+    ) -> None:
+        circuit = Circuit()
         while not self._stopping.is_set():
             try:
-                self._turn()
+                turn()
+                circuit.succeeded()
+                continue
             except BusError as error:
-                self._failed(error)
+                if self._stopping.is_set():
+                    break
+                if self._exchange.failed(direction):
+                    _LOG.warning("going on without Tamiyo: %s", error)
             # The last boundary of the training job's guest: an error nobody foresaw ends as one.
             except Exception:
                 _LOG.exception("the client's thread failed")
-                self._exchange.faulted()
-                self._link.close()
-                self._back_off()
+                self._exchange.failed(direction, fault=True)
+                let_go()
+            now_s = self._monotonic()
+            circuit.failed(now_s)
+            self._stopping.wait(circuit.wait_s(now_s))
         try:
-            self._link.close()
+            let_go()
         except (BusError, OSError) as error:
             _LOG.warning("closing: %s", error)
 
-    def _turn(self) -> None:
-        # The read must know where the stream ends before an answer can be on it.
-        self._link.open()
+    def _send_turn(self) -> None:
+        self._link.connect()
+        # Not before the link has seen where the answers begin.
+        if self._link.receives and self._receiver.ident is None:
+            self._receiver.start()
         batch = self._exchange.take(_BATCH)
         if batch:
-            try:
-                self._link.send([posted.outgoing for posted in batch])
-            except BaseException:
-                self._exchange.unsent(batch)
-                raise
-            self._exchange.sent(batch)
-        self._recovered()
-        self._exchange.deliver(self._link.receive(_IDLE_S))
+            self._send_batch(batch)
+        self._answered(Direction.OUT)
+        if not batch:
+            self._bell.acquire()
 
-    def _recovered(self) -> None:
-        if self._exchange.reachable is False:
+    def _send_batch(self, batch: list[Posted]) -> None:
+        batch = [posted for posted in batch if self._seal(posted)]
+        try:
+            if batch:
+                self._link.send([posted.outgoing for posted in batch if posted.outgoing])
+        except BaseException:
+            self._exchange.unsent(batch)
+            raise
+        self._exchange.sent(batch)
+
+    def _seal(self, posted: Posted) -> bool:
+        if posted.outgoing is not None:
+            return True
+        try:
+            outgoing = posted.draft.seal(self._origin)
+        # Whatever a draft holds that cannot be built, it costs this entry and no other.
+        except Exception as error:
+            self._exchange.refuse(posted.draft.step, str(error), posted)
+            return False
+        if self._exchange.sealed(posted, outgoing):
+            return True
+        self._exchange.refuse(posted.draft.step, "it is too large", posted)
+        return False
+
+    def _receive_turn(self) -> None:
+        self._link.listen()
+        self._answered(Direction.IN)
+        self._exchange.deliver(self._link.receive())
+
+    def _answered(self, direction: Direction) -> None:
+        if self._exchange.answered(direction):
             _LOG.info("connected again")
-        self._exchange.set_reachable(True)
-        self._circuit.succeeded()
-
-    def _failed(self, error: BusError) -> None:
-        if self._exchange.reachable is not False:
-            _LOG.warning("going on without Tamiyo: %s", error)
-        self._exchange.bus_failed()
-        self._back_off()
-
-    def _back_off(self) -> None:
-        self._exchange.set_reachable(False)
-        now_s = self._monotonic()
-        self._circuit.failed(now_s)
-        self._stopping.wait(self._circuit.wait_s(now_s))

@@ -81,9 +81,20 @@ def seal(
     Raises:
         KeyError: the message has no bus message type.
     """
+    payload = message.SerializeToString(deterministic=True)
+    return seal_payload(MESSAGE_TYPES[type(message)], payload, keyring, attributes)
+
+
+def seal_payload(
+    message_type: int,
+    payload: bytes,
+    keyring: Keyring | None,
+    attributes: Mapping[str, str] | None = None,
+) -> SignedEnvelope:
+    """Wrap and sign the bytes of a message, as `seal` does."""
     envelope = leyline.BusEnvelope(
-        message_type=MESSAGE_TYPES[type(message)],  # type: ignore[arg-type]
-        payload=message.SerializeToString(deterministic=True),
+        message_type=message_type,  # type: ignore[arg-type]
+        payload=payload,
         attributes=attributes,
     )
     data = envelope.SerializeToString(deterministic=True)

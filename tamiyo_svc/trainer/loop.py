@@ -12,7 +12,7 @@ import psutil
 import torch
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from tamiyo_svc.client.exchange import ClientCounters
+from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.seeds.executor import Execution
 from tamiyo_svc.client.seeds.lifecycle import CULLED, DORMANT, FOSSILIZED, Seed
 from tamiyo_svc.client.verification import VerifiedCommand

@@ -412,11 +412,11 @@ def test_a_process_that_forgets_to_close_still_ends_and_sends_what_it_can(
     assert len(entries(redis)) == (50 if "{redis}" in url else 0)
 
 
-def test_a_client_nobody_holds_any_more_ends_its_thread(redis_url: str) -> None:
+def test_a_client_nobody_holds_any_more_ends_its_threads(redis_url: str) -> None:
     before = threading.active_count()
     client = TamiyoClient(redis_url, KEYRING, RUN)
     publish(client, 1)
-    assert threading.active_count() == before + 1
+    assert threading.active_count() > before
     del client
     eventually(lambda: threading.active_count() == before)
 

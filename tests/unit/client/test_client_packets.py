@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tamiyo_svc.client import AckOutcome, ClientMode, ClientSettings, State
 from tamiyo_svc.client.capture import read_capture
 from tamiyo_svc.client.client import from_environment
-from tamiyo_svc.client.packets import build_packet, build_report
+from tamiyo_svc.client.packets import build_packet, build_report, freeze
 from tamiyo_svc.client.run import RunSettings, TamiyoRun
 from tamiyo_svc.client.seeds import SeedBank
 from tamiyo_svc.client.testing import (
@@ -38,7 +38,9 @@ junk = st.one_of(
 
 
 def build(state: State) -> leyline.SystemStatePacket:
-    return build_packet(state, run_id="r", packet_id="p", step=3, timestamp_ns=5, experiment="e")
+    return build_packet(
+        freeze(state), run_id="r", packet_id="p", step=3, timestamp_ns=5, experiment="e"
+    )
 
 
 @given(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), junk))
@@ -63,6 +65,52 @@ def test_a_state_that_cannot_be_built_costs_its_packet_and_nothing_else() -> Non
         assert client.publish(State(training_loss=1.0), 2) != ""
         assert client.wait(2, LONG_S) is not None
     assert client.counters.unpublished == 1
+
+
+def test_what_only_shows_when_the_packet_is_built_costs_it_too_and_nobody_waits() -> None:
+    with FakeService().client() as client:
+        state = State(metrics={1: 2.0})  # type: ignore[dict-item]
+        assert client.publish(state, 1) != ""
+        assert client.wait(1, LONG_S) is None
+        assert client.counters.unpublished == 1
+        client.publish(State(training_loss=1.0), 2)
+        assert client.wait(2, LONG_S) is not None
+
+
+def test_what_the_caller_changes_after_publishing_changes_nothing_of_the_packet() -> None:
+    seed = leyline.SeedState(seed_id="seed-0", metrics={"alpha": 0.5})
+    mapping: dict[str, Any] = {"seed_id": "seed-1", "metrics": {"alpha": 0.5}}
+    metrics: dict[str, Any] = {"loss": 1.0, "accuracy": torch.tensor(0.5)}
+    loss = torch.tensor(2.0)
+    hardware = leyline.HardwareContext(device_type="cpu")
+    frozen = freeze(
+        State(loss, metrics=metrics, seeds=[seed, mapping], hardware=hardware)  # type: ignore[arg-type]
+    )
+    for kept in (seed.metrics, mapping["metrics"], metrics):
+        kept.clear()
+    loss.add_(1.0)
+    hardware.device_type = "cuda"
+    packet = build_packet(frozen, run_id="r", packet_id="p", step=1, timestamp_ns=1)
+    assert packet.training_loss == 2.0
+    assert dict(packet.training_metrics) == {"loss": 1.0, "accuracy": 0.5}
+    assert [dict(seed.metrics) for seed in packet.seed_states] == [{"alpha": 0.5}] * 2
+    assert packet.hardware_context.device_type == "cpu"
+
+
+def test_whatever_a_state_holds_publishing_does_not_raise() -> None:
+    states: list[Any] = [
+        State(torch.ones(2)),  # type: ignore[arg-type]
+        State(10**400),
+        State(metrics=None),  # type: ignore[arg-type]
+        State(seeds=[{"no_such_field": 1}]),
+        State(hardware=3),  # type: ignore[arg-type]
+        None,
+    ]
+    with FakeService().client() as client:
+        assert [client.publish(state, step) for step, state in enumerate(states)] == [""] * 6
+        assert client.publish(State(metrics={"spread": torch.ones(2)}), 7) != ""
+        assert client.flush(LONG_S)
+    assert (client.counters.unpublished, client.counters.published) == (6, 1)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tamiyo_svc.client.drafts import Outgoing, PacketDraft, ReportDraft
 from tamiyo_svc.client.exchange import Exchange
+from tamiyo_svc.client.outbox import Posted
 from tamiyo_svc.client.testing import KEYRING, FakeService, make_packet, make_pause
-from tamiyo_svc.client.transport import Outgoing
 from tamiyo_svc.client.verification import CommandVerifier
+from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import DEFAULT_MAX_BYTES, SignedEnvelope
-from tamiyo_svc.taxonomy import CommandRejection
+from tamiyo_svc.taxonomy import AckOutcome, CommandRejection, Direction
 
 SERVICE = FakeService()
 
@@ -50,7 +52,15 @@ def outgoing(size_bytes: int = 10) -> Outgoing:
 
 
 def post(exchange: Exchange, step: int, size_bytes: int = 10) -> bool:
-    return exchange.post_packet(outgoing(size_bytes), f"run-1-{step}", step)
+    return exchange.post(PacketDraft(bytes(size_bytes), f"run-1-{step}", step))
+
+
+def send(exchange: Exchange) -> list[Posted]:
+    """Take everything, seal it, and have it sent."""
+    batch = exchange.take(1000)
+    assert all(exchange.sealed(posted, outgoing(posted.size_bytes)) for posted in batch)
+    exchange.sent(batch)
+    return batch
 
 
 def answer(step: int) -> dict[bytes, bytes]:
@@ -106,6 +116,7 @@ def test_what_could_not_be_sent_goes_first_the_next_time() -> None:
 def test_the_command_of_the_last_packet_is_handed_out_once() -> None:
     exchange = make_exchange()
     post(exchange, 1)
+    send(exchange)
     exchange.deliver([answer(1)])
     command = exchange.wait(1, 5.0)
     assert command is not None
@@ -118,6 +129,7 @@ def test_a_command_for_an_earlier_packet_or_nobody_fetched_is_late() -> None:
     exchange = make_exchange()
     post(exchange, 1)
     post(exchange, 2)
+    send(exchange)
     exchange.deliver([answer(1), answer(2)])
     post(exchange, 3)
     assert exchange.poll() is None
@@ -127,6 +139,7 @@ def test_a_command_for_an_earlier_packet_or_nobody_fetched_is_late() -> None:
 def test_waiting_for_another_step_than_the_last_gets_nothing_and_takes_nothing() -> None:
     exchange = make_exchange()
     post(exchange, 2)
+    send(exchange)
     exchange.deliver([answer(2)])
     assert exchange.wait(1, 5.0) is None
     assert exchange.wait(2, 5.0) is not None
@@ -135,6 +148,7 @@ def test_waiting_for_another_step_than_the_last_gets_nothing_and_takes_nothing()
 def test_refusals_are_counted_by_reason() -> None:
     exchange = make_exchange()
     post(exchange, 1)
+    send(exchange)
     forged = {**answer(1), b"signature": b"AAAA"}
     exchange.deliver([forged, {}, answer(1), answer(1)])
     assert exchange.counters.rejected == {
@@ -146,7 +160,7 @@ def test_refusals_are_counted_by_reason() -> None:
 
 def test_nobody_waits_for_a_bus_that_is_away() -> None:
     exchange = make_exchange()
-    exchange.set_reachable(False)
+    exchange.failed(Direction.OUT)
     post(exchange, 1)
     # With a clock that stands still a real wait would last for ever.
     assert exchange.wait(1, 5.0) is None
@@ -191,8 +205,10 @@ def test_any_command_that_verifies_ends_the_impatience() -> None:
     exchange = make_exchange(time)
     for step in (1, 2, 3):
         miss(exchange, time, step)
+    send(exchange)
     exchange.deliver([answer(3)])
     post(exchange, 4)
+    send(exchange)
     exchange.deliver([answer(4)])
     assert exchange.wait(4, 0.5) is not None
     assert miss(exchange, time, 5)
@@ -201,6 +217,7 @@ def test_any_command_that_verifies_ends_the_impatience() -> None:
 def test_observing_counts_and_hands_out_nothing() -> None:
     exchange = make_exchange(hands_out=False)
     post(exchange, 1)
+    send(exchange)
     exchange.deliver([answer(1)])
     assert exchange.poll() is None
     assert exchange.wait(1, 5.0) is None
@@ -210,8 +227,9 @@ def test_observing_counts_and_hands_out_nothing() -> None:
 def test_reports_share_the_queue_and_have_a_count_of_their_own() -> None:
     exchange = make_exchange()
     post(exchange, 1)
-    exchange.post_report(outgoing())
-    exchange.sent(exchange.take(10))
+    command = leyline.AdaptationCommand(command_id="c")
+    exchange.post(ReportDraft(command, "run-1-1", 1, AckOutcome.APPLIED, "", 0))
+    send(exchange)
     assert (exchange.counters.published, exchange.counters.acknowledged) == (1, 1)
     assert exchange.flush(0.0)
 
@@ -223,3 +241,34 @@ def test_closing_counts_what_was_never_sent(lost: int) -> None:
         post(exchange, step)
     exchange.discard()
     assert exchange.counters.unpublished == lost
+
+
+def test_a_packet_that_turns_out_too_large_is_found_when_it_is_sealed() -> None:
+    exchange = make_exchange(max_bytes=100)
+    post(exchange, 1)
+    (posted,) = exchange.take(1)
+    assert not exchange.sealed(posted, outgoing(101))
+
+
+def test_nobody_waits_for_the_command_of_a_packet_that_was_refused() -> None:
+    exchange = make_exchange()
+    post(exchange, 1)
+    (posted,) = exchange.take(1)
+    exchange.refuse(1, "it does not fit", posted)
+    # With a clock that stands still a real wait would last for ever.
+    assert exchange.wait(1, 5.0) is None
+    assert exchange.counters.unpublished == 1
+    assert exchange.flush(0.0)
+
+
+def test_the_bus_is_back_when_it_answers_both_ways() -> None:
+    exchange = make_exchange()
+    assert not exchange.answered(Direction.OUT)
+    assert exchange.failed(Direction.IN)
+    assert not exchange.failed(Direction.OUT)
+    assert not exchange.answered(Direction.OUT)
+    post(exchange, 1)
+    assert not exchange.may_come(1)
+    assert exchange.answered(Direction.IN)
+    assert exchange.may_come(1)
+    assert exchange.counters.bus_errors == 2

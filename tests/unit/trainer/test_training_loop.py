@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tamiyo_svc.client.exchange import ClientCounters
+from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.seeds.lifecycle import TRANSITIONS
 from tamiyo_svc.client.verification import VerifiedCommand
 from tamiyo_svc.leyline import leyline_pb2 as leyline
