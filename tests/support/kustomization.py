@@ -81,7 +81,7 @@ def merge(target: Any, patch: Any, field: str = "") -> Any:
     if isinstance(target, list) and isinstance(patch, list) and key:
         patches = {item[key]: item for item in patch}
         known = [merge(item, patches.pop(item[key], {})) for item in target]
-        return [*known, *patches.values()]
+        return [*patches.values(), *known]
     return patch
 
 
