@@ -65,13 +65,13 @@ class CommitRefusedError(TamiyoError):
     label = "commit_refused"
 
 
-class CommitConflictError(BusError):
+class CommitConflictError(TamiyoError):
     """The run state moved on since it was read; reload it and evaluate again."""
 
     label = "commit_conflict"
 
 
-class DuplicateEntryError(BusError):
+class DuplicateEntryError(TamiyoError):
     """The entry had been acknowledged before; nothing was written."""
 
     label = "duplicate"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -257,18 +256,19 @@ class Intake:
     async def _bury(self, entry: Entry, reason: DeadLetterReason, detail: str) -> None:
         commit = bury(entry, reason, detail, self._dead_letter_stream)
         outcome = Outcome.DEAD_LETTERED
-        for attempt in itertools.count(1):
-            await self._health.wait_up()
-            try:
-                await self._committer.commit(commit)
-            except DuplicateEntryError:
-                # Someone else ended it, unless it was an attempt of ours whose reply was lost.
-                if attempt == 1:
-                    outcome = Outcome.DUPLICATE
-            except BusError as error:
-                self._health.failed(error)
-                continue
-            break
+        attempts = 0
+
+        async def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
+            await self._committer.commit(commit)
+
+        try:
+            await self._health.until_done(attempt)
+        except DuplicateEntryError:
+            # Someone else ended it, unless it was an attempt of ours whose reply was lost.
+            if attempts == 1:
+                outcome = Outcome.DUPLICATE
         if outcome is Outcome.DEAD_LETTERED:
             self._metrics.dead_letter(reason)
         self._metrics.packet_ended(outcome)

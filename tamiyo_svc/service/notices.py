@@ -200,15 +200,12 @@ class Inbox:
 
     async def _share(self, post: Callable[[], Awaitable[None]]) -> None:
         """Post something for every replica and take it here at once."""
-        while True:
-            await self._health.wait_up()
-            try:
-                await post()
-                await self.refresh()
-            except BusError as error:
-                self._health.failed(error)
-            else:
-                return
+
+        async def post_and_take() -> None:
+            await post()
+            await self.refresh()
+
+        await self._health.until_done(post_and_take)
 
     async def _alarm(self, entry: Entry, signal: leyline.EmergencySignal) -> None:
         """Turn one run conservative, for good even if this process dies right after."""
@@ -244,18 +241,12 @@ class Inbox:
 
     async def _settle(self, entry: Entry, *events: FiredEvent) -> None:
         """Acknowledge a message and tell of it in one step."""
-        outputs = [self._board.output(events)] if events else []
-        while True:
-            await self._health.wait_up()
-            try:
-                await self._committer.commit(Commit([entry], outputs))
-            except DuplicateEntryError:
-                return
-            except BusError as error:
-                self._health.failed(error)
-                continue
-            self._board.published(events)
+        commit = Commit([entry], [self._board.output(events)] if events else [])
+        try:
+            await self._health.until_done(lambda: self._committer.commit(commit))
+        except DuplicateEntryError:
             return
+        self._board.published(events)
 
 
 def alarm_event(signal: leyline.EmergencySignal) -> FiredEvent:

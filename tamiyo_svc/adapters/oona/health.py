@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -17,6 +17,8 @@ from tamiyo_svc.errors import BusError
 _FIRST_DELAY_S: Final = 0.05
 _MAX_DELAY_S: Final = 1.0
 _PROBE_TTL_MS: Final = 1000
+
+T = TypeVar("T")
 
 
 class BusHealth:
@@ -53,6 +55,19 @@ class BusHealth:
     async def wait_up(self) -> None:
         """Wait until the bus can be used."""
         await self._up.wait()
+
+    async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something on the bus, from the beginning again after every outage.
+
+        Raises:
+            Whatever `work` raises but a `BusError`.
+        """
+        while True:
+            await self.wait_up()
+            try:
+                return await work()
+            except BusError as error:
+                self.failed(error)
 
     async def supervise(self) -> None:
         """Bring the bus back whenever it failed, until cancelled."""

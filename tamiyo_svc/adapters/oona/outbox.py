@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 
 from tamiyo_svc.adapters.oona.commit import Commit, Committer, Output
 from tamiyo_svc.adapters.oona.health import BusHealth
-from tamiyo_svc.errors import BusError
 
 
 class Outbox:
@@ -39,13 +39,7 @@ class Outbox:
         """
         while True:
             await self._filled.wait()
-            await self._health.wait_up()
             while self._waiting:
-                output = self._waiting.popleft()
-                try:
-                    await self._committer.commit(Commit(acks=(), outputs=(output,)))
-                except BusError as error:
-                    self._waiting.appendleft(output)
-                    self._health.failed(error)
-                    await self._health.wait_up()
+                commit = Commit(acks=(), outputs=(self._waiting.popleft(),))
+                await self._health.until_done(partial(self._committer.commit, commit))
             self._filled.clear()
