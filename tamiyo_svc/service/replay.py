@@ -36,12 +36,13 @@ from tamiyo_svc.runs.state import EMPTY, RunState, fold, is_duplicate
 from tamiyo_svc.service.evaluate import PacketPath
 from tamiyo_svc.service.forms import serving_forms
 from tamiyo_svc.service.notices import alarm_event
+from tamiyo_svc.service.options import graph_limits, path_options
 from tamiyo_svc.service.outcomes import Ledger, Received
 from tamiyo_svc.service.recording import RecordedNotice, RecordedPacket, Recording
 from tamiyo_svc.service.settings import Settings
+from tamiyo_svc.service.starting_policy import starting_policy
 from tamiyo_svc.service.state import Emergency, ReplicaState
 from tamiyo_svc.service.telemetry import TelemetryDispatch
-from tamiyo_svc.service.wiring import graph_limits, path_options, starting_policy
 from tamiyo_svc.taxonomy import Outcome
 
 _NEVER: Final = sys.maxsize
