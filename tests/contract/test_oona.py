@@ -331,6 +331,13 @@ async def test_clock_follows_the_server(bus: Bus) -> None:
     assert int(before) - 2 <= Entry(NORMAL, entry_id, {}).added_ms <= after + 2
 
 
+async def test_more_commands_than_connections_wait_for_one(server: EmbeddedRedis) -> None:
+    async with client(server.url, 5, connections=2) as redis:
+        committer = Committer(redis, "tamiyo")
+        loaded = await asyncio.gather(*(committer.load_run(f"none-{n}") for n in range(64)))
+    assert set(loaded) == {(0, None)}
+
+
 async def test_unreachable_server_is_a_bus_error() -> None:
     async with client("redis://127.0.0.1:1/0", 1) as redis:
         consumer = StreamConsumer(redis, redis, (NORMAL,), "tamiyo", "one")

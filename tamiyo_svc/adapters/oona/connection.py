@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -25,12 +25,14 @@ OUTAGE_ERRORS: Final = (RedisConnectionError, RedisTimeoutError, OSError, asynci
 def connect(url: str, timeout_s: float, connections: int = 1, protocol: int = 2) -> Redis:
     """A client with its own small pool and no automatic retries.
 
-    A retried command runs twice when only its reply was lost; every caller here decides for
+    Commands beyond its connections wait up to `timeout_s` for one: a pool that is busy is no
+    outage. A retried command runs twice when only its reply was lost; every caller here decides for
     itself what is safe to repeat.
     """
     keepalive = {} if url.startswith("unix") else {"socket_keepalive": True}
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        timeout=timeout_s,
         protocol=protocol,
         decode_responses=False,
         max_connections=connections,
@@ -40,6 +42,7 @@ def connect(url: str, timeout_s: float, connections: int = 1, protocol: int = 2)
         health_check_interval=0,
         **keepalive,
     )
+    return Redis.from_pool(pool)
 
 
 @asynccontextmanager
