@@ -24,8 +24,10 @@ from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.cli.child import child_service, free_port, scrape, stop
 from tamiyo_svc.cli.measure import HEADINGS, Distribution, WeightProbe, machine, timed_ms
 from tamiyo_svc.client.client import TamiyoClient
+from tamiyo_svc.client.core import ClientSettings
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import open_envelope, parse_payload
+from tamiyo_svc.leyline.partition import tags
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.taxonomy import Outcome
 
@@ -190,6 +192,7 @@ def measure(
             **os.environ,
             "TAMIYO_POLICY": "untrained",
             "TAMIYO_STATE_DIR": folder,
+            "OONA_PARTITIONS": "1",
             **variables,
             "REDIS_URL": redis_url,
             "ESPER_LEYLINE_SECRET": secret,
@@ -202,7 +205,13 @@ def measure(
         started = time.perf_counter()
         with child_service(environment, Path(folder, "service.log"), url) as service:
             result.start_s = time.perf_counter() - started
-            _run(result, redis_url, Keyring(secret.encode()), url)
+            _run(
+                result,
+                redis_url,
+                Keyring(secret.encode()),
+                url,
+                int(environment["OONA_PARTITIONS"]),
+            )
             stop(service)
     return result
 
@@ -303,10 +312,11 @@ class _Scraper:
 class _Telemetry:
     """Reads what the service told about its decisions since the last call."""
 
-    def __init__(self, redis: Redis, keyring: Keyring) -> None:
+    def __init__(self, redis: Redis, keyring: Keyring, partitions: int) -> None:
         self._redis = redis
         self._keyring = keyring
-        self._after = {"oona.telemetry": "0", "oona.emergency": "0"}
+        names = ("oona.telemetry", "oona.emergency")
+        self._after = dict.fromkeys((name + tag for tag in tags(partitions) for name in names), "0")
 
     def skip(self) -> None:
         """Leave out everything there is."""
@@ -338,13 +348,14 @@ class _Telemetry:
         result.timeouts += bool(events & {"timeout_inference", "lane_busy"})
 
 
-def _run(result: Result, redis_url: str, keyring: Keyring, url: str) -> None:
+def _run(result: Result, redis_url: str, keyring: Keyring, url: str, partitions: int) -> None:
     load = result.load
     redis = Redis.from_url(redis_url)
-    telemetry = _Telemetry(redis, keyring)
+    telemetry = _Telemetry(redis, keyring, partitions)
     probe = WeightProbe()
+    settings = ClientSettings(partitions=partitions)
     clients = [
-        TamiyoClient(redis_url, keyring, f"bench-{secrets.token_hex(4)}-{number}")
+        TamiyoClient(redis_url, keyring, f"bench-{secrets.token_hex(4)}-{number}", settings)
         for number in range(load.trainers)
     ]
     trainers = [VirtualTrainer(client, load) for client in clients]

@@ -17,6 +17,7 @@ from tamiyo_svc.adapters.oona.commit import run_key
 from tamiyo_svc.adapters.oona.connection import client
 from tamiyo_svc.adapters.oona.entries import Entry
 from tamiyo_svc.adapters.oona.inspection import (
+    READING_CONNECTIONS,
     last_id,
     merged,
     read_after,
@@ -28,10 +29,10 @@ from tamiyo_svc.cli.bus_message import REPLY_TO
 from tamiyo_svc.cli.duration import parse_duration_ms, parse_start
 from tamiyo_svc.cli.stream import streams_of
 from tamiyo_svc.client.capture import CapturedEntry, write_capture
-from tamiyo_svc.client.core import REPLY_STREAM_PREFIX
 from tamiyo_svc.errors import BusError, ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import PAYLOAD_FIELD
+from tamiyo_svc.leyline.partition import REPLY_STREAMS
 from tamiyo_svc.service.settings import Settings
 
 _BLOCK_MS: Final = 200
@@ -41,7 +42,8 @@ _TIMEOUT_S: Final = 10.0
 class Recording:
     """An open capture file; it follows packets to the reply streams they name.
 
-    The state a run had when the recording began goes in front of its first packet.
+    `states` are those of the runs by the keys they are kept under. The state a run had when the
+    recording began goes in front of its first packet.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Recording:
             if PAYLOAD_FIELD not in entry.fields:
                 continue
             run_id = self._look_into(entry)
-            state = self._states.pop(run_id, None)
+            state = self._states.pop(run_key(run_id, entry.tag), None)
             if state is not None:
                 lines.append(CapturedEntry(run_key(run_id), self._began, state, b""))
             lines.append(CapturedEntry.of(entry.stream, entry.entry_id, entry.fields))
@@ -77,7 +79,7 @@ class Recording:
         except DecodeError:
             return ""
         reply_to = envelope.attributes.get(REPLY_TO, "")
-        if reply_to.startswith(REPLY_STREAM_PREFIX):
+        if reply_to.startswith(REPLY_STREAMS):
             self.reply_streams.add(reply_to)
         return packet.training_run_id
 
@@ -117,9 +119,9 @@ def capture(settings: Settings, path: Path, *, duration: str | None, since: str 
 async def _record(
     settings: Settings, file: IO[str], for_ms: int | None, since: str | None, counts: Counter[str]
 ) -> None:
-    left_out = (settings.policy_stream, settings.dead_letter_stream)
+    left_out = (settings.policy_stream, *settings.in_partitions(settings.dead_letter_stream))
     streams = [stream for stream in streams_of(settings) if stream not in left_out]
-    async with client(settings.redis_url, _TIMEOUT_S) as redis:
+    async with client(settings.redis_url, _TIMEOUT_S, READING_CONNECTIONS) as redis:
         now_ms = await server_time_ms(redis)
         positions = {stream: await last_id(redis, stream) for stream in streams}
         began = f"{now_ms}-0" if since is None else parse_start("--since", since, now_ms)

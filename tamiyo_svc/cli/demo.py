@@ -18,8 +18,8 @@ from rich.table import Table
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.cli.child import child_service, free_port, outcomes, stop
-from tamiyo_svc.client.client import TamiyoClient
-from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.client.client import TamiyoClient, from_environment
+from tamiyo_svc.taxonomy import ClientMode
 from tamiyo_svc.trainer.blueprints import write_catalog
 from tamiyo_svc.trainer.loop import Trainer, TrainerSettings
 from tamiyo_svc.trainer.records import RunSummary, StepOutcome, StepRecord
@@ -79,6 +79,7 @@ def demo(report: Path, seed: int) -> int:
             "REDIS_URL": redis.url,
             "ESPER_LEYLINE_SECRET": secret,
             "URZA_DATABASE_URL": f"sqlite:///{catalog}",
+            "TAMIYO_CLIENT_MODE": ClientMode.ONLINE,
             "TAMIYO_POLICY": "bootstrap",
             "TAMIYO_STATE_DIR": folder,
             "TAMIYO_HTTP_HOST": "127.0.0.1",
@@ -88,7 +89,7 @@ def demo(report: Path, seed: int) -> int:
         url = f"http://127.0.0.1:{port}"
         with child_service(environment, Path(folder, "service.log"), url) as service:
             console.print(f"service ready, metrics at {url}/metrics, Redis at {redis.socket}")
-            with TamiyoClient(redis.url, Keyring(secret.encode()), f"demo-{seed}") as client:
+            with from_environment(f"demo-{seed}", environment) as client:
                 records, summary = _train(client, seed, console)
             ended = outcomes(url)
             stop(service)

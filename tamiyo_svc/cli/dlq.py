@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tamiyo_svc.adapters.oona.commit import Committer
 from tamiyo_svc.adapters.oona.connection import client
-from tamiyo_svc.adapters.oona.inspection import scan, server_time_ms
+from tamiyo_svc.adapters.oona.inspection import merged, scan, server_time_ms
 from tamiyo_svc.adapters.oona.letters import DeadLetter, LetterMover
 from tamiyo_svc.cli.bus_message import BusMessage, decode, plain, shown_time
 from tamiyo_svc.cli.duration import parse_start
@@ -146,7 +146,7 @@ def actions_text(actions: Sequence[Action], *, act: bool, done: str, todo: str) 
 async def _requeue(settings: Settings, selection: Selection, *, act: bool) -> list[Action]:
     actions = []
     async with client(settings.redis_url, TIMEOUT_S) as redis:
-        mover = LetterMover(redis, settings.dead_letter_stream)
+        mover = LetterMover(redis)
         committer = Committer(redis, settings.consumer_group)
         prospects = Prospects(settings, committer, await server_time_ms(redis))
         for letter in await _chosen(redis, settings, selection):
@@ -167,8 +167,7 @@ async def _purge(settings: Settings, selection: Selection, *, act: bool) -> list
     async with client(settings.redis_url, TIMEOUT_S) as redis:
         letters = await _chosen(redis, settings, selection)
         if act:
-            mover = LetterMover(redis, settings.dead_letter_stream)
-            await mover.purge(letters)
+            await LetterMover(redis).purge(letters)
     return [Action(letter, _what(letter, settings)) for letter in letters]
 
 
@@ -176,10 +175,11 @@ async def _chosen(redis: Redis, settings: Settings, selection: Selection) -> lis
     start = "-"
     if selection.since is not None:
         start = parse_start("--since", selection.since, await server_time_ms(redis))
-    stream = settings.dead_letter_stream
-    page = page_for(stream, settings)
+    streams = settings.in_partitions(settings.dead_letter_stream)
     letters = []
-    async for entry in scan(redis, stream, start, page=page):
+    async for entry in merged(
+        [scan(redis, stream, start, page=page_for(stream, settings)) for stream in streams]
+    ):
         letter = DeadLetter.of(entry)
         if selection.matches(letter):
             letters.append(letter)
@@ -204,6 +204,7 @@ def _document(letter: DeadLetter, settings: Settings) -> Mapping[str, Any]:
     message = _decoded(letter, settings)
     return {
         "id": letter.entry_id,
+        "stream": letter.stream,
         "buried": _buried(letter),
         "reason": letter.reason,
         "detail": letter.detail,

@@ -16,12 +16,13 @@ from typing import Any, Final
 
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 from rich.table import Table
 
 from tamiyo_svc.adapters.http import open_server
 from tamiyo_svc.errors import ConfigurationError
+from tamiyo_svc.leyline.partition import tag_in
 from tamiyo_svc.service.settings import Settings
 from tamiyo_svc.service.variables import redacted
 
@@ -62,7 +63,7 @@ def examine(
     """Run every check; Redis gets `timeout_s` in all, whatever its network does."""
     redis = _bounded(
         "redis",
-        lambda: check_redis(settings.redis_url, timeout_s, clock),
+        lambda: check_redis(settings.redis_url, settings.input_streams, timeout_s, clock),
         timeout_s,
         "find out why the server does not answer; REDIS_URL says which one is meant",
     )
@@ -106,8 +107,10 @@ def checks_json(checks: Sequence[Check]) -> str:
     return json.dumps(report, indent=2)
 
 
-def check_redis(url: str, timeout_s: float, clock: Callable[[], float]) -> Iterator[Check]:
-    """Reachability, version, clock, eviction and persistence; stops where the server does."""
+def check_redis(
+    url: str, streams: Sequence[str], timeout_s: float, clock: Callable[[], float]
+) -> Iterator[Check]:
+    """Reachability, version, cluster, clock, eviction, persistence; stops where the server does."""
     mend = f"start a Redis or Valkey server there, or point REDIS_URL elsewhere ({redacted(url)})"
     client = Redis.from_url(
         url,
@@ -120,12 +123,15 @@ def check_redis(url: str, timeout_s: float, clock: Callable[[], float]) -> Itera
         try:
             info: dict[str, Any] = client.info()
             seconds, microseconds = client.time()
+            clustered = bool(info.get("cluster_enabled"))
+            cluster = [check_cluster(client, streams)] if clustered else []
         except (RedisError, OSError) as error:
             yield Check("redis", Status.FAILED, redacted(f"{error}"), mend)
             return
         ahead_s = clock() - (seconds + microseconds / 1e6)
     yield Check("redis", Status.OK, f"answers at {redacted(url)}")
     yield check_version(info)
+    yield from cluster
     yield check_clock(ahead_s)
     yield check_eviction(info)
     yield check_persistence(info)
@@ -141,6 +147,20 @@ def check_version(info: dict[str, Any]) -> Check:
             "redis version", Status.FAILED, name, "upgrade to Redis 6.2 or later, or Valkey"
         )
     return Check("redis version", Status.OK, name)
+
+
+def check_cluster(client: Redis, streams: Sequence[str]) -> Check:
+    """All that one decision touches lies in one slot, and this server answers for every slot."""
+    if not tag_in(streams[0]):
+        mend = "set OONA_PARTITIONS to 2 or more, for trainers too: one partition has no hash tag"
+        return Check("redis cluster", Status.FAILED, "cluster mode with one partition", mend)
+    try:
+        for stream in streams:
+            client.exists(stream)
+    except ResponseError as error:
+        mend = "point REDIS_URL at what answers for all slots: redirections are not followed"
+        return Check("redis cluster", Status.FAILED, f"{error}", mend)
+    return Check("redis cluster", Status.OK, "answers for every partition")
 
 
 def check_clock(ahead_s: float) -> Check:

@@ -16,6 +16,7 @@ from tamiyo_svc.adapters.oona.history import History, Past, open_history
 from tamiyo_svc.decision.explanation import Explanation, explain
 from tamiyo_svc.decision.record import command_id_for
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.partition import tag_in
 from tamiyo_svc.runs.state import packet_digest
 from tamiyo_svc.service.settings import Settings
 
@@ -34,7 +35,8 @@ def find(settings: Settings, command_id: str) -> Explanation | None:
         told = _telemetry(history, settings, command_id)
         answered = _packet(history, settings, command_id, told)
         replies = answered.attribute(_REPLY_TO) if answered is not None else ""
-        command = _command(history, command_id, (replies, settings.command_stream))
+        commands = settings.in_partitions(settings.command_stream)
+        command = _command(history, command_id, (replies, *commands))
         reports = tuple(_reports(history, settings, command_id))
     if not (told or answered or command or reports):
         return None
@@ -48,7 +50,7 @@ def find(settings: Settings, command_id: str) -> Explanation | None:
 
 
 def _telemetry(history: History, settings: Settings, command_id: str) -> Past | None:
-    for stream in (settings.telemetry_stream, settings.emergency_stream):
+    for stream in settings.in_partitions(settings.telemetry_stream, settings.emergency_stream):
         for past in history.backward(stream, leyline.BUS_MESSAGE_TYPE_TELEMETRY):
             if past.attribute("command_id") == command_id:
                 return past
@@ -60,7 +62,9 @@ def _packet(
 ) -> Past | None:
     """The packet whose bytes have this command's id, looked for from its telemetry backwards."""
     until_ms = told.entry.added_ms if told is not None else None
-    for stream in (settings.normal_stream, settings.emergency_stream):
+    for stream in settings.in_partitions(settings.normal_stream, settings.emergency_stream):
+        if told is not None and told.entry.tag != tag_in(stream):
+            continue
         for past in history.backward(stream, leyline.BUS_MESSAGE_TYPE_SYSTEM_STATE, until_ms):
             packet = past.message
             assert isinstance(packet, leyline.SystemStatePacket)
@@ -85,12 +89,12 @@ def _command(
 def _reports(
     history: History, settings: Settings, command_id: str
 ) -> Iterator[leyline.FieldReport]:
-    stream = settings.field_report_stream
-    for past in history.forward(stream, leyline.BUS_MESSAGE_TYPE_FIELD_REPORT):
-        message = past.message
-        assert isinstance(message, leyline.FieldReport)
-        if message.command_id == command_id:
-            yield message
+    for stream in settings.in_partitions(settings.field_report_stream):
+        for past in history.forward(stream, leyline.BUS_MESSAGE_TYPE_FIELD_REPORT):
+            message = past.message
+            assert isinstance(message, leyline.FieldReport)
+            if message.command_id == command_id:
+                yield message
 
 
 def explanation_json(explanation: Explanation) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from tamiyo_svc.adapters.oona.commit import Committer
+from tamiyo_svc.adapters.oona.commit import Committer, run_key
 from tamiyo_svc.adapters.oona.entries import id_order
 from tamiyo_svc.adapters.oona.letters import DeadLetter
 from tamiyo_svc.errors import StoredStateError
@@ -42,7 +42,7 @@ class Prospects:
         self._settings = settings
         self._committer = committer
         self._now_ms = now_ms
-        self._inputs = (settings.normal_stream, settings.emergency_stream, settings.policy_stream)
+        self._inputs = (*settings.input_streams, settings.policy_stream)
         self._seen: set[tuple[str, bytes]] = set()
 
     async def of(self, letter: DeadLetter) -> Prospect:
@@ -76,7 +76,7 @@ class Prospects:
         if (run_id, digest) in self._seen:
             return Prospect("a copy of it goes first", safe=False)
         self._seen.add((run_id, digest))
-        _, data = await self._committer.load_run(run_id)
+        _, data = await self._committer.load_run(run_key(run_id, letter.original.tag))
         try:
             state = RunState() if data is None else RunState.from_bytes(data)
         except StoredStateError as error:

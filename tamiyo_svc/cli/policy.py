@@ -216,7 +216,9 @@ def publish(
         waiting = {status.replica for status in read_statuses(redis)}
         streams = {
             stream: last_id(redis, stream)
-            for stream in (settings.telemetry_stream, settings.emergency_stream)
+            for stream in settings.in_partitions(
+                settings.telemetry_stream, settings.emergency_stream
+            )
         }
         publish_update(redis, settings.policy_stream, sealed)
         accepted = bool(waiting)

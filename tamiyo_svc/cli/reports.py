@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from google.protobuf import json_format
 from rich.table import Table
 from rich.text import Text
 
+from tamiyo_svc.adapters.oona.entries import id_order
 from tamiyo_svc.adapters.oona.history import open_history
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
@@ -51,7 +53,9 @@ def read_reports(
     found = []
     with open_history(settings.redis_url, keyring, settings.max_message_bytes) as history:
         kind = leyline.BUS_MESSAGE_TYPE_FIELD_REPORT
-        for past in history.forward(settings.field_report_stream, kind, since_ms):
+        streams = settings.in_partitions(settings.field_report_stream)
+        partitions = (history.forward(stream, kind, since_ms) for stream in streams)
+        for past in heapq.merge(*partitions, key=lambda past: id_order(past.entry.entry_id)):
             report = past.message
             assert isinstance(report, leyline.FieldReport)
             if run_id and report.training_run_id != run_id:

@@ -51,7 +51,7 @@ def check_start(settings: Settings) -> None:
     checks = [check_secret(settings), check_policy(settings.policy)]
     checks.append(check_state_dir(settings.state_dir))
     open_server(settings.http_host, settings.http_port, {}).server_close()
-    checks += check_redis(settings.redis_url, _START_TIMEOUT_S, time.time)
+    checks += check_redis(settings.redis_url, settings.input_streams, _START_TIMEOUT_S, time.time)
     if settings.device.startswith("cuda"):
         checks.append(check_device(settings.device))
     for check in checks:
@@ -69,7 +69,7 @@ async def _serve(settings: Settings, writer: LogWriter) -> None:
 
     stop = asyncio.Event()
     _stop_on_signals(stop)
-    metrics = Metrics((settings.normal_stream, settings.emergency_stream))
+    metrics = Metrics(settings.input_streams)
     metrics.watch_log_drops(lambda: writer.dropped)
     async with open_service(settings, metrics) as service:
         await service.run(stop)

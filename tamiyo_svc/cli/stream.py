@@ -36,8 +36,8 @@ class Examiner:
     def __init__(self, settings: Settings, now_ms: int) -> None:
         self._now_ms = now_ms
         self._group = settings.consumer_group
-        self._inputs = (settings.normal_stream, settings.emergency_stream)
-        self._dead = settings.dead_letter_stream
+        self._inputs = settings.input_streams
+        self._dead = settings.in_partitions(settings.dead_letter_stream)
         self._claim_idle_ms = settings.claim_idle_ms
         # A consumer that waits asks again after every block.
         self._gone_ms = max(settings.claim_idle_ms, 3 * settings.block_ms)
@@ -48,7 +48,7 @@ class Examiner:
 
     def diagnose(self, view: StreamView) -> list[str]:
         """What there is to say about a stream; nothing when all is well."""
-        if view.stream == self._dead:
+        if view.stream in self._dead:
             if not view.length:
                 return []
             return [f"{_entries(view.length)} could not be processed; `tamiyo dlq ls` lists them"]
@@ -118,19 +118,15 @@ def status(settings: Settings, *, as_json: bool) -> str | Group:
 
 def streams_of(settings: Settings) -> tuple[str, ...]:
     """Every stream the settings name, each once; reply streams are not among them."""
-    return tuple(
-        dict.fromkeys(
-            (
-                settings.emergency_stream,
-                settings.normal_stream,
-                settings.command_stream,
-                settings.field_report_stream,
-                settings.telemetry_stream,
-                settings.policy_stream,
-                settings.dead_letter_stream,
-            )
-        )
+    partitioned = settings.in_partitions(
+        settings.emergency_stream,
+        settings.normal_stream,
+        settings.command_stream,
+        settings.field_report_stream,
+        settings.telemetry_stream,
+        settings.dead_letter_stream,
     )
+    return (*partitioned, settings.policy_stream)
 
 
 def _table(views: Sequence[StreamView], examiner: Examiner) -> Table:

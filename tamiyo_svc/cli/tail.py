@@ -15,6 +15,7 @@ from tamiyo_svc.adapters.oona.connection import client
 from tamiyo_svc.adapters.oona.entries import Entry, id_order
 from tamiyo_svc.adapters.oona.inspection import (
     PAGE,
+    READING_CONNECTIONS,
     last_id,
     merged,
     read_after,
@@ -26,8 +27,8 @@ from tamiyo_svc.adapters.oona.inspection import (
 from tamiyo_svc.cli.bus_message import REPLY_TO, TYPES, BusMessage, decode
 from tamiyo_svc.cli.duration import parse_start
 from tamiyo_svc.cli.stream import streams_of
-from tamiyo_svc.client.core import REPLY_STREAM_PREFIX
 from tamiyo_svc.errors import ConfigurationError
+from tamiyo_svc.leyline.partition import REPLY_STREAMS
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.service.settings import Settings
 
@@ -111,7 +112,8 @@ def page_for(stream: str, settings: Settings) -> int:
     """How many entries of a stream to ask for at once; some are megabytes each."""
     if stream == settings.policy_stream:
         return 1
-    return _LARGE_PAGE if stream == settings.dead_letter_stream else PAGE
+    dead = settings.in_partitions(settings.dead_letter_stream)
+    return _LARGE_PAGE if stream in dead else PAGE
 
 
 async def _tail(
@@ -122,7 +124,7 @@ async def _tail(
     def print_entry(entry: Entry) -> None:
         message = decode(entry, keyring, settings.max_message_bytes)
         reply_to = message.attributes.get(REPLY_TO, "")
-        if not wanted.streams and reply_to.startswith(REPLY_STREAM_PREFIX):
+        if not wanted.streams and reply_to.startswith(REPLY_STREAMS):
             # An answer is never older than its packet, and reading begins after a position.
             positions.setdefault(reply_to, f"{max(0, entry.added_ms - 1)}-0")
         if not wanted.matches(message):
@@ -133,11 +135,11 @@ async def _tail(
             show(message.line())
 
     positions: dict[str, str] = {}
-    async with client(settings.redis_url, _TIMEOUT_S) as redis:
+    async with client(settings.redis_url, _TIMEOUT_S, READING_CONNECTIONS) as redis:
         streams = wanted.streams
         if not streams:
             usual = (name for name in streams_of(settings) if name != settings.policy_stream)
-            streams = (*usual, *await streams_under(redis, REPLY_STREAM_PREFIX))
+            streams = (*usual, *await streams_under(redis, REPLY_STREAMS))
         for stream in streams:
             positions[stream] = await last_id(redis, stream)
         if wanted.since is not None:

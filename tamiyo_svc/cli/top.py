@@ -208,7 +208,7 @@ async def _top(
     console = Console(record=picture is not None, width=_WIDTH if picture else None)
     board = Board()
     async with client(settings.redis_url, _TIMEOUT_S) as redis:
-        streams = (settings.telemetry_stream, settings.emergency_stream)
+        streams = settings.in_partitions(settings.telemetry_stream, settings.emergency_stream)
         reader = TelemetryReader(redis, streams, keyring)
         if once or picture is not None or not sys.stdout.isatty():
             try:
@@ -238,9 +238,9 @@ async def _look(
     except (*OUTAGE_ERRORS, RedisError) as error:
         raise BusError(f"Redis does not answer: {error!r}") from error
     await reader.read(board)
-    names = (settings.normal_stream, settings.emergency_stream)
     statuses = {
-        stream: await read_status(redis, stream, settings.consumer_group) for stream in names
+        stream: await read_status(redis, stream, settings.consumer_group)
+        for stream in settings.in_partitions(settings.normal_stream, settings.emergency_stream)
     }
     return board_view(board, statuses, clock.now_ms(), rows)
 

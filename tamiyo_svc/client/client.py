@@ -11,6 +11,7 @@ from typing import Self
 from tamiyo_svc.client.core import NORMAL_STREAM, ClientCore, ClientSettings
 from tamiyo_svc.client.verification import VerifiedCommand
 from tamiyo_svc.errors import ConfigurationError
+from tamiyo_svc.leyline.partition import MAX_PARTITIONS
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.taxonomy import ClientMode
 
@@ -52,10 +53,10 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
     """A client set up by the variables the service knows, and TAMIYO_CLIENT_MODE.
 
     They are REDIS_URL, ESPER_LEYLINE_SECRET and ESPER_LEYLINE_SECRET_PREVIOUS or files under the
-    same names with _FILE, OONA_NORMAL_STREAM and OONA_FIELD_REPORT_STREAM.
+    same names with _FILE, OONA_NORMAL_STREAM, OONA_FIELD_REPORT_STREAM and OONA_PARTITIONS.
 
     Raises:
-        ConfigurationError: the secret is missing or cannot be read, or the mode is none.
+        ConfigurationError: the secret is missing or cannot be read, or another value is none.
     """
     variables = os.environ if environment is None else environment
     try:
@@ -73,9 +74,19 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
         mode=mode,
         stream=stream,
         report_stream=variables.get("OONA_FIELD_REPORT_STREAM", stream),
+        partitions=_partitions(variables),
     )
     url = variables.get("REDIS_URL", "redis://localhost:6379/0")
     return TamiyoClient(url, keyring, run_id, settings)
+
+
+def _partitions(variables: Mapping[str, str]) -> int:
+    text = variables.get("OONA_PARTITIONS") or "1"
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PARTITIONS:
+        raise ConfigurationError(
+            f"OONA_PARTITIONS: got {text!r}, takes a whole number from 1 to {MAX_PARTITIONS}"
+        )
+    return int(text)
 
 
 def _secret(name: str, variables: Mapping[str, str]) -> bytes:

@@ -20,11 +20,11 @@ from tamiyo_svc.client.transport import Link, Transport, TransportOptions
 from tamiyo_svc.client.verification import CommandVerifier, VerifiedCommand
 from tamiyo_svc.client.worker import Worker
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.partition import reply_prefix, tag_of_run
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.taxonomy import AckOutcome, ClientMode
 
 NORMAL_STREAM: Final = "oona.normal"
-REPLY_STREAM_PREFIX: Final = "oona.commands."
 _LOG: Final = logging.getLogger("tamiyo.client")
 _STATE_VERSION: Final = 1
 
@@ -35,12 +35,14 @@ class ClientSettings:
 
     `max_wait_s` caps every wait, whatever its timeout. The queue holds at most `max_entries`
     entries and `max_queue_bytes`, estimated until they are built. `spool` is the capture file of
-    offline mode. `close_timeout_s` is how long closing may take to send what is queued.
+    offline mode. `partitions` is the service's OONA_PARTITIONS; the streams are named without
+    their tags. `close_timeout_s` is how long closing may take to send what is queued.
     """
 
     mode: ClientMode = ClientMode.ONLINE
     stream: str = NORMAL_STREAM
     report_stream: str = NORMAL_STREAM
+    partitions: int = 1
     experiment: str = ""
     max_wait_s: float = 1.0
     max_entries: int = 256
@@ -58,7 +60,7 @@ class ClientCore:
     stands in for the bus.
 
     Raises:
-        ValueError: no run id, or a URL that cannot be one.
+        ValueError: no run id, or a URL or a number of partitions that cannot be one.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class ClientCore:
             raise ValueError("a client needs a run id")
         self.settings = settings or ClientSettings()
         self.run_id = run_id
-        self.reply_stream = REPLY_STREAM_PREFIX + run_id
+        self._tag = tag_of_run(run_id, self.settings.partitions)
+        self.reply_stream = reply_prefix(self._tag) + run_id
         self._redis_url = redis_url
         self._keyring = keyring
         self._make_link = make_link
@@ -104,8 +107,8 @@ class ClientCore:
             keyring=self._keyring,
             run_id=self.run_id,
             experiment=self.settings.experiment,
-            stream=self.settings.stream,
-            report_stream=self.settings.report_stream,
+            stream=self.settings.stream + self._tag,
+            report_stream=self.settings.report_stream + self._tag,
             reply_stream=self.reply_stream,
             trace_id=os.urandom(16).hex(),
         )

@@ -129,8 +129,10 @@ class PacketPath:
         """Give up the look-ups that nobody waits for."""
         await self._fetches.close()
 
-    async def settle(self, run_id: str, batch: Sequence[Received]) -> None:
+    async def settle(self, run_key: str, batch: Sequence[Received]) -> None:
         """Bring every packet of one run to its outcome, in one commit if nothing interferes.
+
+        `run_key` is where the run's state is kept.
 
         A conflict or an outage starts over from the state that Redis holds: what was committed
         after all is recognised there, what became too old meanwhile is not decided any more.
@@ -148,34 +150,34 @@ class PacketPath:
             answer = None
             plan = Sorted(None)
             try:
-                version, state = await self._runs.load(run_id)
+                version, state = await self._runs.load(run_key)
                 plan = sort_waiting(waiting, state, self._options, self._server_clock.now_ms())
                 for older in (*plan.expired, *plan.superseded):
                     state = fold(state, older.packet)
                 if plan.newest is not None:
                     answer = await self.decide(plan.newest, state)
-                commit, after = self._ledger.commit(run_id, version, state, plan, answer)
+                commit, after = self._ledger.commit(run_key, version, state, plan, answer)
                 started = self._clock()
                 await self._committer.commit(commit)
             except CommitConflictError:
                 self._metrics.commit_conflict()
-                self._runs.forget(run_id)
+                self._runs.forget(run_key)
             except DuplicateEntryError:
                 # The leading entry is acknowledged already; the others still need an outcome.
-                self._runs.forget(run_id)
+                self._runs.forget(run_key)
                 leader, *waiting = plan.packets
                 self._ledger.account(*unconfirmed.end_of(leader))
             except BusError as error:
                 unconfirmed.note(plan, answer)
-                self._runs.forget(run_id)
+                self._runs.forget(run_key)
                 self._health.failed(error)
             else:
                 self._timed_commit(started, answer)
                 if commit.run is not None:
-                    self._runs.remember(run_id, version + 1, after)
+                    self._runs.remember(run_key, version + 1, after)
                 self._ledger.account(plan, answer)
                 if answer is not None and answer.decision.signals.metadata.timed_out:
-                    self._fetches.told(run_id)
+                    self._fetches.told(batch[0].run_id)
                 return
 
     async def decide(self, received: Received, state: RunState) -> Answer:

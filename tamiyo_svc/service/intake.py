@@ -56,7 +56,7 @@ class Intake:
 
     def __init__(
         self,
-        consumer: StreamConsumer,
+        consumers: Sequence[StreamConsumer],
         committer: Committer,
         health: BusHealth,
         path: PacketPath,
@@ -66,7 +66,7 @@ class Intake:
         limits: IntakeLimits,
         notices: dict[int, Notice],
     ) -> None:
-        self._consumer = consumer
+        self.consumers = tuple(consumers)
         self._committer = committer
         self._health = health
         self._path = path
@@ -84,51 +84,54 @@ class Intake:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._room.set()
-        self._recover = True
+        self._to_recover = set(self.consumers)
 
     @property
     def is_busy(self) -> bool:
         """Whether anything read has not ended yet."""
         return bool(self._in_flight)
 
-    async def read(self) -> None:
+    async def read(self, consumer: StreamConsumer) -> None:
         """Read until cancelled: what is pending for us first, then what is new."""
         while True:
             await self._health.wait_up()
             await self._room.wait()
             try:
-                if self._recover:
-                    await self._recover_pending()
-                    self._recover = False
-                entries = await self._consumer.read(self._limits.read_count, self._limits.block_ms)
+                if consumer in self._to_recover:
+                    self._to_recover.discard(consumer)
+                    await self._recover_pending(consumer)
+                entries = await consumer.read(self._limits.read_count, self._limits.block_ms)
             except GroupLostError as error:
                 log.warning("bus.group_lost", error=str(error))
-                self._recover = True
+                self._to_recover.add(consumer)
                 self._health.failed(error)
             except BusError as error:
                 # The reply may be lost and its entries pending for us without our knowing.
-                self._recover = True
+                self._to_recover.add(consumer)
                 self._health.failed(error)
             else:
                 self._health.seen()
-                self._dispatch(entries)
+                self._dispatch(consumer, entries)
 
     async def claim(self) -> None:
         """Take over what other consumers left pending too long, until cancelled."""
         while True:
             await asyncio.sleep(self._limits.claim_idle_ms / 2e3)
             await self._health.wait_up()
-            for stream in self._consumer.streams:
-                try:
-                    async with self._looking:
-                        self._ended_since.clear()
-                        entries = await self._consumer.claim_idle(
-                            stream, self._limits.claim_idle_ms, self._limits.read_count
-                        )
-                        self._dispatch(entries)
-                except BusError as error:
-                    self._health.failed(error)
-                    break
+            try:
+                for consumer in self.consumers:
+                    for stream in consumer.streams:
+                        await self._claim_idle(consumer, stream)
+            except BusError as error:
+                self._health.failed(error)
+
+    async def _claim_idle(self, consumer: StreamConsumer, stream: str) -> None:
+        async with self._looking:
+            self._ended_since.clear()
+            entries = await consumer.claim_idle(
+                stream, self._limits.claim_idle_ms, self._limits.read_count
+            )
+            self._dispatch(consumer, entries)
 
     async def drain(self) -> None:
         """Wait until everything read so far has ended."""
@@ -141,18 +144,18 @@ class Intake:
         await cancel(self._tasks)
         return left
 
-    async def _recover_pending(self) -> None:
-        for stream in self._consumer.streams:
+    async def _recover_pending(self, consumer: StreamConsumer) -> None:
+        for stream in consumer.streams:
             after = "0"
             while after:
                 async with self._looking:
                     self._ended_since.clear()
-                    entries = await self._consumer.pending(stream, after, self._limits.read_count)
-                    self._dispatch(entries)
+                    entries = await consumer.pending(stream, after, self._limits.read_count)
+                    self._dispatch(consumer, entries)
                 after = entries[-1].entry_id if entries else ""
                 await self._room.wait()
 
-    def _dispatch(self, entries: Sequence[Entry]) -> None:
+    def _dispatch(self, consumer: StreamConsumer, entries: Sequence[Entry]) -> None:
         """Hand every entry on; those not for us are acknowledged together."""
         read_at = time.perf_counter()
         ignored: list[Entry] = []
@@ -177,7 +180,7 @@ class Intake:
             if not for_us:
                 ignored.append(entry)
         if ignored:
-            self._start(self._acknowledge(ignored), "acknowledge")
+            self._start(self._acknowledge(consumer, ignored), "acknowledge")
 
     def _open(self, entry: Entry, read_at: float) -> bool:
         """Verify one entry and hand it on if it is for us.
@@ -204,31 +207,31 @@ class Intake:
         return True
 
     def _enqueue(self, received: Received) -> None:
-        run_id = received.run_id
+        run_key = received.run_key
         if len(self._in_flight) >= self._limits.in_flight:
             self._room.clear()
-        mailbox = self._mailboxes.get(run_id)
+        mailbox = self._mailboxes.get(run_key)
         if mailbox is not None:
             mailbox.append(received)
             return
-        self._mailboxes[run_id] = [received]
-        self._start(self._serve_run(run_id), "run")
+        self._mailboxes[run_key] = [received]
+        self._start(self._serve_run(run_key), "run")
 
-    async def _serve_run(self, run_id: str) -> None:
-        mailbox = self._mailboxes[run_id]
+    async def _serve_run(self, run_key: str) -> None:
+        mailbox = self._mailboxes[run_key]
         try:
             while mailbox:
                 batch = mailbox[:]
                 mailbox.clear()
                 try:
-                    await self._path.settle(run_id, batch)
+                    await self._path.settle(run_key, batch)
                 except Exception:  # the one boundary: an unforeseen failure becomes a retry
-                    log.exception("packet.failed", run_id=run_id, packets=len(batch))
+                    log.exception("packet.failed", run_id=batch[0].run_id, packets=len(batch))
                     mailbox[:0] = await self._failed(batch)
                 else:
                     self._ended(received.entry for received in batch)
         finally:
-            del self._mailboxes[run_id]
+            del self._mailboxes[run_key]
 
     async def _failed(self, batch: Iterable[Received]) -> list[Received]:
         """Packets whose settling raised, to be tried again; those that did so often are buried."""
@@ -292,12 +295,12 @@ class Intake:
         self._metrics.packet_received()
         await self._bury(entry, DeadLetterReason.DELIVERIES_EXCEEDED, "processing failed")
 
-    async def _acknowledge(self, entries: Sequence[Entry]) -> None:
+    async def _acknowledge(self, consumer: StreamConsumer, entries: Sequence[Entry]) -> None:
         try:
-            await self._consumer.acknowledge(entries)
+            await consumer.acknowledge(entries)
         except BusError as error:
             # They stay pending and are read again once the bus is back.
-            self._recover = True
+            self._to_recover.add(consumer)
             self._health.failed(error)
 
     def _ended(self, entries: Iterable[Entry]) -> None:

@@ -19,7 +19,6 @@ from tamiyo_svc.adapters.lane import DeviceLane
 from tamiyo_svc.adapters.metrics import Metrics, StreamPosition
 from tamiyo_svc.adapters.oona.breaker_store import BreakerStore
 from tamiyo_svc.adapters.oona.connection import ServerClock
-from tamiyo_svc.adapters.oona.consumer import StreamConsumer
 from tamiyo_svc.adapters.oona.health import BusHealth
 from tamiyo_svc.adapters.oona.housekeeping import read_status, trim
 from tamiyo_svc.adapters.oona.outbox import Outbox
@@ -55,7 +54,6 @@ class Service:
         settings: Settings,
         redis: Redis,
         lane: DeviceLane[PolicyRequest, Proposal],
-        consumer: StreamConsumer,
         health: BusHealth,
         clock: ServerClock,
         intake: Intake,
@@ -73,7 +71,6 @@ class Service:
         self._settings = settings
         self._redis = redis
         self._lane = lane
-        self._consumer = consumer
         self._health = health
         self._clock = clock
         self._intake = intake
@@ -125,7 +122,9 @@ class Service:
             try:
                 await self._until(self._health.wait_up(), stop)
                 await self._until(self._updates.wait_caught_up(), stop)
-                intake += [start(self._intake.read(), "read"), start(self._intake.claim(), "claim")]
+                intake.append(start(self._intake.claim(), "claim"))
+                for consumer in self._intake.consumers:
+                    intake.append(start(self._intake.read(consumer), "read"))
                 self._started = True
                 if not stop.is_set():
                     log.info(
@@ -133,7 +132,7 @@ class Service:
                         version=__version__,
                         policy=self._replica.runtime.policy.version,
                         device=self._replica.runtime.device,
-                        consumer=self._consumer.name,
+                        consumer=self._settings.consumer_name,
                         blueprints=len(self._catalog.snapshot.blueprints),
                     )
                     on_ready()
@@ -177,7 +176,7 @@ class Service:
 
     async def _observe(self) -> None:
         """Keep the server's clock, the streams' positions and the gauges current."""
-        streams = self._consumer.streams
+        streams = self._settings.input_streams
         while True:
             await asyncio.sleep(_OBSERVE_S)
             self._notices.publish_unreported()
@@ -190,7 +189,7 @@ class Service:
                 await self._inbox.refresh()
                 await self._breakers.save(self._replica.breakers)
                 for stream in streams:
-                    status = await read_status(self._redis, stream, self._consumer.group)
+                    status = await read_status(self._redis, stream, self._settings.consumer_group)
                     oldest_s = None
                     if status.oldest_unacked_id is not None:
                         added_ms = int(status.oldest_unacked_id.partition("-")[0])
@@ -222,8 +221,9 @@ class Service:
             await asyncio.sleep(_TRIM_S)
             await self._health.wait_up()
             try:
-                for stream, age_ms in ages_ms.items():
-                    await trim(self._redis, stream, self._clock.now_ms() - age_ms)
+                for name, age_ms in ages_ms.items():
+                    for stream in settings.in_partitions(name):
+                        await trim(self._redis, stream, self._clock.now_ms() - age_ms)
             except BusError as error:
                 self._health.failed(error)
 

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from tamiyo_svc.adapters.metrics import Metrics
 from tamiyo_svc.adapters.oona.bulletin import Bulletin
-from tamiyo_svc.adapters.oona.commit import Commit, Committer, Output, RunWrite
+from tamiyo_svc.adapters.oona.commit import Commit, Committer, Output, RunWrite, run_key
 from tamiyo_svc.adapters.oona.entries import Entry
 from tamiyo_svc.adapters.oona.health import BusHealth
 from tamiyo_svc.adapters.oona.outbox import Outbox
@@ -33,6 +33,7 @@ from tamiyo_svc.errors import (
 )
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import parse_payload
+from tamiyo_svc.leyline.partition import tag_of_run
 from tamiyo_svc.risk.events import FiredEvent, number
 from tamiyo_svc.risk.mode import step_mode
 from tamiyo_svc.risk.safety_sheet import HANDLING_CLASSES, HAZARD_BANDS, PROVENANCES, UNKNOWN
@@ -131,6 +132,7 @@ class Inbox:
         run_ttl_s: float,
         cooldown_steps: int,
         emergency_ttl_ms: float,
+        partitions: int,
         server_now_ms: Callable[[], float],
     ) -> None:
         self._catalog = catalog
@@ -143,6 +145,7 @@ class Inbox:
         self._run_ttl_ms = int(run_ttl_s * 1e3)
         self._cooldown_steps = cooldown_steps
         self._emergency_ttl_ms = emergency_ttl_ms
+        self._partitions = partitions
         self._server_now_ms = server_now_ms
         self._catalog_change = b""
         self._emergency_ms = 0
@@ -172,7 +175,11 @@ class Inbox:
                 await self._settle(entry, _event(Event.CATALOG_UPDATED, Severity.INFO, attributes))
             case leyline.EmergencySignal(level=level) as signal if level >= _ALARMING:
                 if signal.run_id:
-                    await self._alarm(entry, signal)
+                    tag = tag_of_run(signal.run_id, self._partitions)
+                    if tag != entry.tag:
+                        # The sender did not know where the run belongs.
+                        await self._alarm(signal, Commit((), tag=tag))
+                    await self._alarm(signal, Commit([entry]))
                 else:
                     await self._share(lambda: bulletin.post_emergency(signal, added_ms))
                     await self._settle(entry, alarm_event(signal))
@@ -207,13 +214,14 @@ class Inbox:
 
         await self._health.until_done(post_and_take)
 
-    async def _alarm(self, entry: Entry, signal: leyline.EmergencySignal) -> None:
-        """Turn one run conservative, for good even if this process dies right after."""
+    async def _alarm(self, signal: leyline.EmergencySignal, commit: Commit) -> None:
+        """Turn one run conservative by a commit, for good even if this process dies after it."""
         event = alarm_event(signal)
+        key = run_key(signal.run_id, commit.partition_tag)
         while True:
             await self._health.wait_up()
             try:
-                version, state = await self._runs.load(signal.run_id)
+                version, state = await self._runs.load(key)
                 mode, entered = step_mode(
                     state.mode,
                     alarm=event.event.value,
@@ -222,19 +230,19 @@ class Inbox:
                 )
                 after = replace(state, mode=mode)
                 events = (event, entered) if entered else (event,)
-                write = RunWrite(signal.run_id, version, after.to_bytes(), self._run_ttl_ms)
-                output = self._board.output(events)
-                await self._committer.commit(Commit([entry], [output], write))
+                write = RunWrite(key, version, after.to_bytes(), self._run_ttl_ms)
+                outputs = [self._board.output(events)]
+                await self._committer.commit(replace(commit, outputs=outputs, run=write))
             except CommitConflictError:
-                self._runs.forget(signal.run_id)
+                self._runs.forget(key)
                 continue
             except DuplicateEntryError:
                 return
             except BusError as error:
-                self._runs.forget(signal.run_id)
+                self._runs.forget(key)
                 self._health.failed(error)
                 continue
-            self._runs.remember(signal.run_id, version + 1, after)
+            self._runs.remember(key, version + 1, after)
             self._board.published(events)
             log.warning("run.alarmed", run_id=signal.run_id, reason=signal.reason)
             return

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 
 from tamiyo_svc.adapters.metrics import Metrics
-from tamiyo_svc.adapters.oona.commit import Commit, Output, RunWrite
+from tamiyo_svc.adapters.oona.commit import Commit, Output, RunWrite, run_key
 from tamiyo_svc.adapters.oona.entries import Entry, id_order
 from tamiyo_svc.adapters.tracing import ExportSpans, keep_spans
 from tamiyo_svc.decision.command import CommandOptions
@@ -18,6 +18,7 @@ from tamiyo_svc.decision.record import Decision
 from tamiyo_svc.decision.telemetry import Timings, build_notice
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import seal
+from tamiyo_svc.leyline.partition import reply_prefix
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.risk.events import FiredEvent
 from tamiyo_svc.risk.thresholds import Thresholds
@@ -27,9 +28,6 @@ from tamiyo_svc.service.telemetry import TelemetryDispatch
 from tamiyo_svc.taxonomy import Event, Outcome, Severity, Stage, TimeoutAction
 
 log = structlog.get_logger("tamiyo.outcomes")
-
-REPLY_PREFIX: Final = "oona.commands."
-"""What a reply stream's name must begin with; other names are not written to."""
 
 TRACEPARENT: Final = "traceparent"
 """Envelope attribute with the trainer's trace; it is carried to everything that answers."""
@@ -52,6 +50,11 @@ class Received:
     def run_id(self) -> str:
         """The training run it belongs to."""
         return self.packet.training_run_id
+
+    @property
+    def run_key(self) -> str:
+        """Where that run's state is kept."""
+        return run_key(self.run_id, self.entry.tag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,7 @@ class Ledger:
 
     def commit(
         self,
-        run_id: str,
+        run_key: str,
         version: int,
         before: RunState,
         plan: Sorted,
@@ -214,11 +217,11 @@ class Ledger:
         outputs: list[Output] = []
         state = before
         if plan.expired:
-            outputs.append(self._expired_notice(run_id, plan.expired))
+            outputs.append(self._expired_notice(plan.expired))
         if answer is not None and plan.newest is not None:
             outputs += self._outputs(plan.newest, answer)
             state = answer.state
-        write = RunWrite(run_id, version, state.to_bytes(), int(self._options.run_ttl_s * 1e3))
+        write = RunWrite(run_key, version, state.to_bytes(), int(self._options.run_ttl_s * 1e3))
         return Commit(acks, outputs, write), state
 
     def _outputs(self, received: Received, answer: Answer) -> list[Output]:
@@ -240,13 +243,15 @@ class Ledger:
         ]
         sealed = seal(command, self._keyring, attributes)
         reply_to = received.attributes.get(_REPLY_TO, "")
-        if reply_to.startswith(REPLY_PREFIX):
-            outputs.append(Output.of(reply_to, sealed, _REPLY_LIMIT, options.message_ttl_ms))
+        # Names outside the packet's partition could not be written to in the same step.
+        if reply_to.startswith(reply_prefix(received.entry.tag)):
+            fields, expiry_ms = sealed.fields(), options.message_ttl_ms
+            outputs.append(Output(reply_to, fields, _REPLY_LIMIT, expiry_ms, whole=True))
         else:
             outputs.append(Output.of(options.command_stream, sealed))
         return outputs
 
-    def _expired_notice(self, run_id: str, expired: Sequence[Received]) -> Output:
+    def _expired_notice(self, expired: Sequence[Received]) -> Output:
         """One telemetry packet for all of a batch, so that a backlog does not become a flood."""
         event = FiredEvent(
             Event.PACKETS_EXPIRED,
@@ -264,7 +269,8 @@ class Ledger:
             self._replica.snapshot(),
             self._wall_clock_ns(),
         )
-        return self._dispatch.output(notice, event.severity, {"training_run_id": run_id})
+        attributes = {"training_run_id": expired[-1].run_id}
+        return self._dispatch.output(notice, event.severity, attributes)
 
     def account(self, plan: Sorted, answer: Answer | None) -> None:
         """Count how everything ended, once it is certain."""

@@ -204,7 +204,7 @@ async def _offline(settings: Settings, clock: _RecordedClock) -> AsyncIterator[_
     )
     catalog = UrzaCatalog(settings.urza_database_url, settings.metadata_refresh_s)
     keyring = settings.keyring() if settings.secret is not None else None
-    metrics = Metrics((settings.normal_stream, settings.emergency_stream))
+    metrics = Metrics(settings.input_streams)
     limits = graph_limits(settings)
     engines = Engines(serving_forms(settings))
     lane = DeviceLane[PolicyRequest, Proposal](

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from tamiyo_svc.errors import ConfigurationError
+from tamiyo_svc.leyline.partition import tags
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.risk.thresholds import Thresholds
 from tamiyo_svc.service.settings_table import MIN_SECRET_BYTES, SettingsTable
@@ -126,6 +127,20 @@ class Settings(SettingsTable):
         """The risk thresholds; each is the setting of its name."""
         names = (field.name for field in fields(Thresholds))
         return Thresholds(**{name: getattr(self, f"risk_{name}") for name in names})
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What the names of streams end with in each partition."""
+        return tags(self.partitions)
+
+    def in_partitions(self, *streams: str) -> tuple[str, ...]:
+        """The names of streams as they are on the bus, those of a partition together, each once."""
+        return tuple(dict.fromkeys(stream + tag for tag in self.tags for stream in streams))
+
+    @property
+    def input_streams(self) -> tuple[str, ...]:
+        """Every stream the service reads packets from, in the order in which it does."""
+        return self.in_partitions(self.emergency_stream, self.normal_stream)
 
     @property
     def catalog_path(self) -> Path:

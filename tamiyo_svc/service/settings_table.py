@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tamiyo_svc.adapters.logs import LogFormat, LogLevel
+from tamiyo_svc.leyline.partition import MAX_PARTITIONS
 from tamiyo_svc.service.variables import setting
 from tamiyo_svc.taxonomy import BlendMode, CpuEngine, SeedOperations, TimeoutAction, WeightDtype
 
@@ -63,7 +64,9 @@ _command = partial(setting, "Commands")
 _report = partial(setting, "Reports")
 _run = partial(setting, "Runs")
 _operation = partial(setting, "Operation")
-_stream = partial(_bus, takes="a stream name without spaces", pattern=r"^\S{1,200}$")
+_stream = partial(
+    _bus, takes="a stream name without spaces and braces", pattern=r"^[^\s{}]{1,200}$"
+)
 _secret_text = partial(_secret, takes=f"at least {MIN_SECRET_BYTES} bytes")
 _secret_file = partial(_secret, takes="the path of a readable file")
 _count = partial(_graph, ge=1, le=4096)
@@ -184,10 +187,10 @@ class SettingsTable(BaseSettings):
     partitions: int = _bus(
         "OONA_PARTITIONS",
         1,
-        "Normal streams that runs are spread over; this release serves one.",
-        takes="1",
+        "Parts of the bus, each with streams of its own; trainers must be told the same.",
+        unit="partitions",
         ge=1,
-        le=1,
+        le=MAX_PARTITIONS,
     )
 
     secret: Secret | None = _secret_text(

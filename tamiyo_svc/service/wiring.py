@@ -85,7 +85,7 @@ class _Bus:
     """The adapters of the bus, over connections that are open."""
 
     background: Redis
-    consumer: StreamConsumer
+    consumers: tuple[StreamConsumer, ...]
     committer: Committer
     clock: ServerClock
     breakers: BreakerStore
@@ -122,7 +122,7 @@ async def open_service(
             settings.telemetry_stream, settings.emergency_stream, settings.emergency_max_per_min
         )
         dispatch = TelemetryDispatch(router, metrics, keyring)
-        outbox = Outbox(bus.committer, bus.health)
+        outbox = Outbox(bus.committer, bus.health, settings.tags[0])
         board = NoticeBoard(outbox, dispatch, replica, metrics, wall_clock_ns)
         runs = RunStore(bus.committer)
         inbox = Inbox(
@@ -136,6 +136,7 @@ async def open_service(
             settings.run_ttl_s,
             settings.conservative_cooldown_steps,
             settings.message_ttl_ms,
+            settings.partitions,
             bus.clock.now_ms,
         )
         options = path_options(settings)
@@ -155,7 +156,7 @@ async def open_service(
         )
         stack.push_async_callback(path.close)
         intake = Intake(
-            bus.consumer,
+            bus.consumers,
             bus.committer,
             bus.health,
             path,
@@ -185,7 +186,6 @@ async def open_service(
             settings,
             bus.background,
             mind.lane,
-            bus.consumer,
             bus.health,
             bus.clock,
             intake,
@@ -301,19 +301,25 @@ async def _open_bus(
     timeout_s = settings.commit_timeout_ms / 1e3
     # Reads block for `block_ms`; a shorter socket timeout would lose their replies.
     reader_timeout_s = settings.block_ms / 1e3 + 2.0
-    reader = await stack.enter_async_context(client(settings.redis_url, reader_timeout_s))
+    reader = await stack.enter_async_context(
+        client(settings.redis_url, reader_timeout_s, settings.partitions)
+    )
     writer = await stack.enter_async_context(
         client(settings.redis_url, timeout_s, _COMMIT_CONNECTIONS)
     )
     background = await stack.enter_async_context(
         client(settings.redis_url, timeout_s, _BACKGROUND_CONNECTIONS)
     )
-    consumer = StreamConsumer(
-        reader,
-        background,
-        (settings.emergency_stream, settings.normal_stream),
-        settings.consumer_group,
-        settings.consumer_name,
+    # One read cannot span partitions, so each has a reader with a connection of its own.
+    consumers = tuple(
+        StreamConsumer(
+            reader,
+            background,
+            (settings.emergency_stream + tag, settings.normal_stream + tag),
+            settings.consumer_group,
+            settings.consumer_name,
+        )
+        for tag in settings.tags
     )
     clock = ServerClock()
     breakers = BreakerStore(background, settings.consumer_name, clock)
@@ -321,7 +327,8 @@ async def _open_bus(
 
     async def restore() -> None:
         nonlocal restored
-        await consumer.ensure_groups()
+        for consumer in consumers:
+            await consumer.ensure_groups()
         await clock.sync(background)
         if not restored:
             replica.restore(await breakers.load())
@@ -339,7 +346,7 @@ async def _open_bus(
     health.on_change = on_bus
     health.on_probe_failed = lambda: on_bus("probe failed")
     committer = Committer(writer, settings.consumer_group)
-    return _Bus(background, consumer, committer, clock, breakers, health)
+    return _Bus(background, consumers, committer, clock, breakers, health)
 
 
 def _notices(inbox: Inbox) -> dict[int, Notice]:

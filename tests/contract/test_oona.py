@@ -28,6 +28,7 @@ from tamiyo_svc.errors import (
 
 pytestmark = pytest.mark.redis
 
+RUN = run_key("run")
 NORMAL, EMERGENCY, DEAD = "oona.normal", "oona.emergency", "oona.dead"
 BINARIES = server_binaries()
 
@@ -174,7 +175,7 @@ def decision(entries: list[Entry], version: int = 0, text: bytes = b"command") -
             Output("out.telemetry", {b"payload": b"telemetry"}),
             Output("out.command", {b"payload": text, b"signature": b"s"}, 64, 60_000),
         ],
-        run=RunWrite("run", version, b"state", 60_000),
+        run=RunWrite(RUN, version, b"state", 60_000),
     )
 
 
@@ -185,11 +186,26 @@ async def test_commit_writes_outputs_state_and_acknowledges(bus: Bus) -> None:
     ids = await bus.committer.commit(decision(entries[::-1]))
     assert len(ids) == 2
     assert await bus.texts("out.command") == [b"command"]
-    assert await bus.committer.load_run("run") == (1, b"state")
+    assert await bus.committer.load_run(RUN) == (1, b"state")
     assert await bus.pending_count() == 0
-    assert await bus.redis.pttl(run_key("run")) > 50_000
+    assert await bus.redis.pttl(RUN) > 50_000
     assert await bus.redis.pttl("out.command") > 50_000
     assert await bus.redis.pttl("out.telemetry") == -1
+
+
+async def test_outputs_lie_in_the_partition_of_the_entry(bus: Bus) -> None:
+    await bus.publish("one", f"{NORMAL}.{{2}}")
+    consumer = StreamConsumer(bus.redis, bus.redis, (f"{NORMAL}.{{2}}",), "tamiyo", "one")
+    await consumer.ensure_groups()
+    entries = await consumer.read(5, 10)
+    outputs = [
+        Output("out.telemetry", {b"payload": b"telemetry"}),
+        Output("out.{2}.reply", {b"payload": b"command"}, whole=True),
+    ]
+    await bus.committer.commit(Commit(entries, outputs))
+    await bus.committer.commit(Commit((), outputs[:1], tag=".{0}"))
+    for stream in ("out.telemetry.{2}", "out.{2}.reply", "out.telemetry.{0}"):
+        assert await bus.redis.xlen(stream) == 1
 
 
 async def test_commit_on_a_stale_version_changes_nothing(bus: Bus) -> None:
@@ -202,7 +218,7 @@ async def test_commit_on_a_stale_version_changes_nothing(bus: Bus) -> None:
     assert await bus.texts("out.command") == [b"command"]
     assert await bus.pending_count() == 1
     await bus.committer.commit(decision([second], version=1))
-    assert await bus.committer.load_run("run") == (2, b"state")
+    assert await bus.committer.load_run(RUN) == (2, b"state")
 
 
 async def test_entry_acknowledged_before_gives_no_output(bus: Bus) -> None:
@@ -212,7 +228,7 @@ async def test_entry_acknowledged_before_gives_no_output(bus: Bus) -> None:
     with pytest.raises(DuplicateEntryError):
         await bus.committer.commit(decision(entries, version=1))
     assert await bus.texts("out.command") == [b"command"]
-    assert await bus.committer.load_run("run") == (1, b"state")
+    assert await bus.committer.load_run(RUN) == (1, b"state")
 
 
 async def test_two_replicas_with_the_same_entry_make_one_command(bus: Bus) -> None:
@@ -235,7 +251,7 @@ async def test_failed_output_leaves_no_trace_and_the_entry_pending(bus: Bus) -> 
     with pytest.raises(CommitRefusedError, match="WRONGTYPE"):
         await bus.committer.commit(decision(entries))
     assert await bus.texts("out.telemetry") == []
-    assert await bus.committer.load_run("run") == (0, None)
+    assert await bus.committer.load_run(RUN) == (0, None)
     assert await bus.pending_count() == 1
     await bus.redis.delete("out.command")
     await bus.committer.commit(decision(entries))
@@ -256,9 +272,9 @@ async def test_commit_out_of_memory_leaves_the_entry_pending(bus: Bus) -> None:
 
 
 async def test_key_of_another_kind_is_no_run_state(bus: Bus) -> None:
-    await bus.redis.set(run_key("run"), "not a run state")
+    await bus.redis.set(RUN, "not a run state")
     with pytest.raises(CommitRefusedError, match="WRONGTYPE"):
-        await bus.committer.load_run("run")
+        await bus.committer.load_run(RUN)
 
 
 async def test_read_only_server_is_a_bus_error(bus: Bus) -> None:
@@ -346,4 +362,4 @@ async def test_unreachable_server_is_a_bus_error() -> None:
         with pytest.raises(BusError):
             await consumer.ensure_groups()
         with pytest.raises(BusError):
-            await Committer(redis, "tamiyo").load_run("run")
+            await Committer(redis, "tamiyo").load_run(RUN)

@@ -34,7 +34,7 @@ async def start_service(redis_url: str, tmp_path: Path) -> AsyncIterator[StartSe
 
         @asynccontextmanager
         async def run(settings: Settings, wrap_worker: WrapWorker) -> AsyncIterator[Running]:
-            metrics = Metrics((settings.normal_stream, settings.emergency_stream))
+            metrics = Metrics(settings.input_streams)
             stop, ready = asyncio.Event(), asyncio.Event()
             async with open_service(settings, metrics, wrap_worker) as service:
                 task = asyncio.create_task(service.run(stop, ready.set))

@@ -368,7 +368,7 @@ async def test_a_letter_is_moved_once_however_often_it_is_asked_for(
     ((entry_id, fields),) = redis.xrange("oona.dead")
     letter = DeadLetter.of(Entry("oona.dead", entry_id.decode(), fields))
     async with client(redis_url, 5, connections=8) as connections:
-        mover = LetterMover(connections, "oona.dead")
+        mover = LetterMover(connections)
         moved = await asyncio.gather(*(mover.requeue(letter) for _ in range(8)))
         assert await mover.purge([letter]) == 0
     assert sum(entry is not None for entry in moved) == 1

@@ -122,7 +122,7 @@ def _serve(
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, stop.set)
-        metrics = Metrics((settings.normal_stream, settings.emergency_stream))
+        metrics = Metrics(settings.input_streams)
 
         hangs = iter(hang_after)
 

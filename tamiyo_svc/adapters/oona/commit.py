@@ -45,26 +45,29 @@ _SCRIPT = resources.files(__package__).joinpath("commit.lua").read_text(encoding
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One entry to append; `limit` keeps about that many, `expiry_ms` removes an idle stream."""
+    """One entry to append; `limit` keeps about that many, `expiry_ms` removes an idle stream.
+
+    The stream is the one of that name in the partition of the commit, unless the name is `whole`
+    as it is.
+    """
 
     stream: str
     fields: Mapping[bytes, bytes]
     limit: int = 0
     expiry_ms: int = 0
+    whole: bool = False
 
     @classmethod
-    def of(
-        cls, stream: str, envelope: SignedEnvelope, limit: int = 0, expiry_ms: int = 0
-    ) -> Output:
+    def of(cls, stream: str, envelope: SignedEnvelope) -> Output:
         """An output that carries a signed envelope."""
-        return cls(stream, envelope.fields(), limit, expiry_ms)
+        return cls(stream, envelope.fields())
 
 
 @dataclass(frozen=True, slots=True)
 class RunWrite:
-    """The run state to store, valid only on top of `expected_version`."""
+    """The run state to store under `run_key`, valid only on top of `expected_version`."""
 
-    run_id: str
+    run_key: str
     expected_version: int
     state: bytes
     ttl_ms: int
@@ -72,16 +75,25 @@ class RunWrite:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """All that one outcome changes; the first of `acks` must still be pending."""
+    """All that one outcome changes; the first of `acks` must still be pending.
+
+    Everything in it lies in one partition: that of the entries, or without any that of `tag`.
+    """
 
     acks: Sequence[Entry]
     outputs: Sequence[Output] = field(default=())
     run: RunWrite | None = None
+    tag: str = ""
+
+    @property
+    def partition_tag(self) -> str:
+        """The tag of the partition that everything in it lies in."""
+        return self.acks[0].tag if self.acks else self.tag
 
 
-def run_key(run_id: str) -> str:
-    """Redis key of a run's state."""
-    return f"tamiyo:run:{run_id}"
+def run_key(run_id: str, tag: str = "") -> str:
+    """Redis key of a run's state in the partition of a tag."""
+    return f"tamiyo:run{tag}:{run_id}"
 
 
 class Committer:
@@ -110,12 +122,12 @@ class Committer:
             raise _refusal("commit", error) from error
         status = reply[0]
         if status == b"CONFLICT":
-            raise CommitConflictError(commit.run.run_id if commit.run else "")
+            raise CommitConflictError(commit.run.run_key if commit.run else "")
         if status == b"DUPLICATE":
             raise DuplicateEntryError(commit.acks[0].entry_id)
         return [entry_id.decode() for entry_id in reply[1:]]
 
-    async def load_run(self, run_id: str) -> tuple[int, bytes | None]:
+    async def load_run(self, run_key: str) -> tuple[int, bytes | None]:
         """Version and bytes of a run's state; version 0 and None for a run not seen before.
 
         Raises:
@@ -123,7 +135,7 @@ class Committer:
             CommitRefusedError: the key does not hold a run state.
         """
         try:
-            version, state = await self._redis.hmget(run_key(run_id), ["version", "state"])
+            version, state = await self._redis.hmget(run_key, ["version", "state"])
         except OUTAGE_ERRORS as error:
             raise BusError(f"run state: {error!r}") from error
         except RedisError as error:
@@ -151,14 +163,15 @@ def _arguments(commit: Commit, group: str) -> tuple[list[str], list[Any]]:
     if run is None:
         arguments += [0, 0, b"", 0]
     else:
-        arguments += [index(run_key(run.run_id)), run.expected_version, run.state, run.ttl_ms]
+        arguments += [index(run.run_key), run.expected_version, run.state, run.ttl_ms]
     arguments.append(len(commit.acks))
     for entry in commit.acks:
         arguments += [index(entry.stream), entry.entry_id]
+    tag = commit.partition_tag
     arguments.append(len(commit.outputs))
     for output in commit.outputs:
         arguments += [
-            index(output.stream),
+            index(output.stream if output.whole else output.stream + tag),
             output.limit,
             output.expiry_ms,
             2 * len(output.fields),

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tamiyo_svc.leyline.partition import tag_in
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -24,6 +26,11 @@ class Entry:
     def key(self) -> tuple[str, str]:
         """What identifies the entry across streams."""
         return self.stream, self.entry_id
+
+    @property
+    def tag(self) -> str:
+        """The tag of the partition it lies in, empty where there is only one."""
+        return tag_in(self.stream)
 
     @property
     def added_ms(self) -> int:

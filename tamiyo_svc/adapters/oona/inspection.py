@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tamiyo_svc.adapters.oona.commit import run_key
 from tamiyo_svc.adapters.oona.connection import OUTAGE_ERRORS
 from tamiyo_svc.adapters.oona.entries import Entry, id_order, next_id, read_entries
 from tamiyo_svc.errors import BusError
+from tamiyo_svc.leyline.partition import MAX_PARTITIONS, tag_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +25,10 @@ FIRST_ID: Final = "0-0"
 
 PAGE: Final = 200
 """Entries asked for at once; a caller that expects large ones asks for fewer."""
+
+
+READING_CONNECTIONS: Final = MAX_PARTITIONS + 1
+"""Connections that reading many streams at once may need; they are made when they are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,30 +205,36 @@ async def read_after(
 ) -> list[Entry]:
     """What came after a position in each stream, waiting up to `block_ms` for the first entry.
 
-    With None it does not wait. The client's socket timeout must be longer than that.
+    With None it does not wait. One command reads one partition, and all of them are waited for.
+    The client's socket timeout must be longer than that, its connections `READING_CONNECTIONS`.
 
     Raises:
         BusError: Redis did not answer, or a key is no stream.
     """
-    cursors: dict[Any, Any] = dict(positions)
+    partitions: dict[str, dict[Any, Any]] = {}
+    for stream, after in positions.items():
+        partitions.setdefault(tag_in(stream), {})[stream] = after
     with _bus_errors("reading"):
-        reply: Any = await redis.xread(cursors, count=count, block=block_ms)
-    return sorted(read_entries(reply), key=lambda entry: id_order(entry.entry_id))
+        replies: list[Any] = await asyncio.gather(
+            *(redis.xread(after, count=count, block=block_ms) for after in partitions.values())
+        )
+    entries = [entry for reply in replies for entry in read_entries(reply)]
+    return sorted(entries, key=lambda entry: id_order(entry.entry_id))
 
 
 async def run_states(redis: Redis) -> dict[str, bytes]:
-    """The stored state of every run, by run id.
+    """The stored state of every run, by the key it is kept under.
 
     Raises:
         BusError: Redis did not answer.
     """
-    prefix = run_key("")
     states = {}
     with _bus_errors("run states"):
-        async for key in redis.scan_iter(match=f"{prefix}*", count=1000, _type="HASH"):
-            state: Any = await redis.hget(key, "state")
-            if state is not None:
-                states[key.decode().removeprefix(prefix)] = state
+        for pattern in (run_key("*"), run_key("*", ".{*}")):
+            async for key in redis.scan_iter(match=pattern, count=1000, _type="HASH"):
+                state: Any = await redis.hget(key, "state")
+                if state is not None:
+                    states[key.decode()] = state
     return states
 
 

@@ -24,11 +24,12 @@ _SCRIPT: Final = resources.files(__package__).joinpath("requeue.lua").read_text(
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An entry of the dead-letter stream; `original` is the entry it was, with its own fields.
+    """An entry of a dead-letter stream; `original` is the entry it was, with its own fields.
 
     What somebody else put on that stream has an original without stream and id.
     """
 
+    stream: str
     entry_id: str
     original: Entry
     reason: str
@@ -53,15 +54,16 @@ class DeadLetter:
             fields,
             int(deliveries) if deliveries.isdecimal() else 0,
         )
-        return cls(entry.entry_id, original, meta.get("reason", ""), meta.get("detail", ""))
+        return cls(
+            entry.stream, entry.entry_id, original, meta.get("reason", ""), meta.get("detail", "")
+        )
 
 
 class LetterMover:
     """Puts dead letters back or removes them; every call may be repeated after a lost reply."""
 
-    def __init__(self, redis: Redis, dead_letter_stream: str) -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._stream = dead_letter_stream
         self._script = redis.register_script(_SCRIPT)
 
     async def requeue(self, letter: DeadLetter) -> str | None:
@@ -73,7 +75,7 @@ class LetterMover:
         Raises:
             BusError: no answer, so whether it was moved is unknown, or Redis refused it.
         """
-        keys = [self._stream, letter.original.stream]
+        keys = [letter.stream, letter.original.stream]
         arguments = [letter.entry_id, META_PREFIX, REQUEUED_FROM]
         reply = await self._call(self._script(keys=keys, args=arguments))
         return None if reply is None else str(reply.decode())
@@ -85,9 +87,13 @@ class LetterMover:
             BusError: no answer, so whether they were removed is unknown.
         """
         removed = 0
-        for first in range(0, len(letters), _BATCH):
-            ids = [letter.entry_id for letter in letters[first : first + _BATCH]]
-            removed += int(await self._call(self._redis.xdel(self._stream, *ids)))
+        by_stream: dict[str, list[str]] = {}
+        for letter in letters:
+            by_stream.setdefault(letter.stream, []).append(letter.entry_id)
+        for stream, ids in by_stream.items():
+            for first in range(0, len(ids), _BATCH):
+                batch = ids[first : first + _BATCH]
+                removed += int(await self._call(self._redis.xdel(stream, *batch)))
         return removed
 
     @staticmethod

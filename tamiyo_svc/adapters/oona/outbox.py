@@ -13,12 +13,15 @@ from tamiyo_svc.adapters.oona.health import BusHealth
 class Outbox:
     """Publishes outputs one after the other, waiting while the bus is down.
 
-    Beyond `capacity` the oldest is dropped and counted.
+    They go to the partition of `tag`. Beyond `capacity` the oldest is dropped and counted.
     """
 
-    def __init__(self, committer: Committer, health: BusHealth, capacity: int = 256) -> None:
+    def __init__(
+        self, committer: Committer, health: BusHealth, tag: str = "", capacity: int = 256
+    ) -> None:
         self._committer = committer
         self._health = health
+        self._tag = tag
         self._waiting: deque[Output] = deque()
         self._capacity = capacity
         self._filled = asyncio.Event()
@@ -40,6 +43,6 @@ class Outbox:
         while True:
             await self._filled.wait()
             while self._waiting:
-                commit = Commit(acks=(), outputs=(self._waiting.popleft(),))
+                commit = Commit((), (self._waiting.popleft(),), tag=self._tag)
                 await self._health.until_done(partial(self._committer.commit, commit))
             self._filled.clear()

@@ -138,7 +138,8 @@ def read_statuses(redis: Redis) -> list[ReplicaStatus]:
     """
     try:
         keys = sorted(redis.scan_iter(match=f"{_STATUS_PREFIX}*", count=1000))
-        texts: Any = redis.mget(keys) if keys else []
+        # One by one: in a cluster the keys lie in different slots.
+        texts: list[Any] = [redis.get(key) for key in keys]
     except (*OUTAGE_ERRORS, RedisError) as error:
         raise BusError(f"policy status: {error!r}") from error
     return [ReplicaStatus(**json.loads(text)) for text in texts if text is not None]

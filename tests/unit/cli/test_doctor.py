@@ -36,6 +36,7 @@ from tamiyo_svc.cli.doctor import (
 )
 from tamiyo_svc.service.settings import Settings
 
+STREAMS = ("oona.normal", "oona.emergency")
 SECRET = "correct-horse-battery-staple"
 CATALOG = Path(__file__).parents[2] / "data" / "urza_catalog.db"
 
@@ -86,7 +87,7 @@ def test_on_a_real_server_nothing_fails(redis_url: str, tmp_path: Path) -> None:
 
 @pytest.mark.redis
 def test_a_clock_far_from_the_servers_fails(redis_url: str) -> None:
-    late = by_name(list(check_redis(redis_url, 3.0, lambda: time.time() - 60)))["clock"]
+    late = by_name(list(check_redis(redis_url, STREAMS, 3.0, lambda: time.time() - 60)))["clock"]
     assert late.status is Status.FAILED
     assert late.detail.startswith("-")
     assert late.mend
@@ -97,7 +98,7 @@ def test_an_evicting_server_is_warned_about(redis_url: str) -> None:
     with Redis.from_url(redis_url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
         try:
-            check = by_name(list(check_redis(redis_url, 3.0, time.time)))["redis eviction"]
+            check = by_name(list(check_redis(redis_url, STREAMS, 3.0, time.time)))["redis eviction"]
         finally:
             client.config_set("maxmemory-policy", "noeviction")
     assert check.status is Status.WARNING
@@ -117,7 +118,7 @@ def test_a_server_that_is_not_there_fails_with_its_url_and_no_password(tmp_path:
 
 
 def test_a_server_that_never_answers_fails_within_the_limit(silent_url: str) -> None:
-    (check,) = check_redis(silent_url, 0.05, time.time)
+    (check,) = check_redis(silent_url, STREAMS, 0.05, time.time)
     assert check.status is Status.FAILED
     assert SECRET not in check.detail + check.mend
 

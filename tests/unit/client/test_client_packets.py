@@ -157,6 +157,16 @@ def test_the_environment_names_the_streams_and_a_file_with_the_secret(
         from_environment("r", {"ESPER_LEYLINE_SECRET_FILE": str(tmp_path / "gone")})
 
 
+def test_the_environment_says_how_many_partitions_there_are() -> None:
+    known = {"ESPER_LEYLINE_SECRET": "a secret for the tests"}
+    assert from_environment("run-1", known).reply_stream == "oona.commands.run-1"
+    several = from_environment("run-1", {**known, "OONA_PARTITIONS": "4"})
+    assert several.reply_stream == "oona.commands.{3}.run-1"
+    for wrong in ("0", "65", "four", "-1", "²"):
+        with pytest.raises(ConfigurationError, match="OONA_PARTITIONS"):
+            from_environment("run-1", {**known, "OONA_PARTITIONS": wrong})
+
+
 def test_the_fixtures_answer_without_redis(
     tamiyo_service: FakeService,  # noqa: F811
     tamiyo_client: Any,  # noqa: F811

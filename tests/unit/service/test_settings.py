@@ -237,7 +237,15 @@ def test_commands_and_reports_go_to_the_normal_stream_unless_told_otherwise() ->
         ),
         (
             {"normal_stream": "a b"},
-            "OONA_NORMAL_STREAM: got 'a b', takes a stream name without spaces",
+            "OONA_NORMAL_STREAM: got 'a b', takes a stream name without spaces and braces",
+        ),
+        (
+            {"normal_stream": "oona.{1}"},
+            "OONA_NORMAL_STREAM: got 'oona.{1}', takes a stream name without spaces and braces",
+        ),
+        (
+            {"partitions": 65},
+            "OONA_PARTITIONS: got '65', takes a whole number from 1 to 64",
         ),
         (
             {"emergency_stream": "oona.normal"},
