@@ -37,6 +37,11 @@ class Row:
 FULL: Final = (
     Row("service killed under load", scenarios.kill_under_load, 100),
     Row("one of three replicas killed, one frozen", scenarios.kill_one_of_three, 50),
+    Row(
+        "the same on four partitions in a cluster",
+        scenarios.kill_one_of_three_on_partitions,
+        20,
+    ),
     Row("replies of commits and reads lost", scenarios.lose_replies, 100),
     Row("Redis restarted, killed", scenarios.restart_redis, 20, _RECOVERY),
     Row("Redis paused 10 s", scenarios.pause_redis, 10, _RECOVERY),

@@ -23,6 +23,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 from support.bus import CATALOG, SECRET, state_packet
+from support.clustered import clustered_redis
 from support.ledger import DEAD, NORMAL, Balance, Load, balance, connect, wait_quiet
 from support.proxy import FaultyProxy
 from support.replica import Replica
@@ -55,7 +56,7 @@ def expect(holds: bool, what: str) -> None:
 
 def settle(url: str, load: Load, **allowed: Any) -> Balance:
     """Wait for quiet, check the books and raise on the first thing that is wrong."""
-    wait_quiet(url)
+    wait_quiet(url, partitions=load.partitions)
     found = balance(url, load, **allowed)
     expect(not found.problems, "; ".join(found.problems[:5]))
     return found
@@ -144,17 +145,35 @@ def kill_one_of_three(times: int) -> Figures:
         replicas(redis.url, 3) as fleet,
         Load(redis.url, KEYRING) as load,
     ):
-        for _ in range(times):
-            killed, frozen = random.sample(fleet, 2)
-            frozen.freeze()
-            time.sleep(random.uniform(0.02, 0.2))
-            killed.kill()
-            time.sleep(0.7)
-            frozen.wake()
-            killed.start().wait_ready()
+        _kill_and_freeze(fleet, times)
         load.stop()
         found = settle(redis.url, load)
     return {"kills": times, "freezes": times, **_counts(found)}
+
+
+def kill_one_of_three_on_partitions(times: int) -> Figures:
+    """The same on a cluster of one node, whose scripts may touch one slot, with four partitions."""
+    partitions = 4
+    with (
+        clustered_redis() as redis,
+        replicas(redis.url, 3, partitions=partitions) as fleet,
+        Load(redis.url, KEYRING, partitions=partitions) as load,
+    ):
+        _kill_and_freeze(fleet, times)
+        load.stop()
+        found = settle(redis.url, load)
+    return {"kills": times, "freezes": times, "partitions": partitions, **_counts(found)}
+
+
+def _kill_and_freeze(fleet: list[Replica], times: int) -> None:
+    for _ in range(times):
+        killed, frozen = random.sample(fleet, 2)
+        frozen.freeze()
+        time.sleep(random.uniform(0.02, 0.2))
+        killed.kill()
+        time.sleep(0.7)
+        frozen.wake()
+        killed.start().wait_ready()
 
 
 def lose_replies(times: int) -> Figures:

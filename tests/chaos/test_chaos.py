@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(180)]
 SHORT: list[tuple[Callable[[int], scenarios.Figures], int]] = [
     (scenarios.kill_under_load, 3),
     (scenarios.kill_one_of_three, 2),
+    (scenarios.kill_one_of_three_on_partitions, 2),
     (scenarios.lose_replies, 10),
     (scenarios.restart_redis, 2),
     (scenarios.pause_redis, 1),

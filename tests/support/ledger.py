@@ -18,6 +18,7 @@ from support.bus import state_packet
 
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
+from tamiyo_svc.leyline.partition import tag_of_run, tags
 from tamiyo_svc.leyline.signing import Keyring
 
 NORMAL, EMERGENCY, TELEMETRY, DEAD = (
@@ -48,6 +49,7 @@ class Load:
     alone_share: float = 0.5
     prefix: str = ""
     """What the names of its runs begin with, to tell them from another load's."""
+    partitions: int = 1
     published: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Packet id -> run and step, for packets whose publishing was confirmed."""
     uncertain: set[str] = field(default_factory=set)
@@ -83,7 +85,7 @@ class Load:
             packet = state_packet(run_id, steps[run_id], seeds=random.choice((0, 1, 4)))
             fields: Any = dict(seal(packet, self.keyring).fields())
             try:
-                client.xadd(NORMAL, fields)
+                client.xadd(NORMAL + tag_of_run(run_id, self.partitions), fields)
             except (RedisError, OSError):
                 self.uncertain.add(packet.packet_id)
                 time.sleep(0.05)
@@ -114,14 +116,22 @@ def balance(
     allowed to become too old.
     """
     client = connect(url, 30.0)
-    commands = list(_messages(client, NORMAL, load.keyring, leyline.AdaptationCommand))
-    reports = list(_messages(client, NORMAL, load.keyring, leyline.FieldReport))
-    telemetry = [
-        packet
-        for stream in (TELEMETRY, EMERGENCY)
-        for packet in _messages(client, stream, load.keyring, leyline.TelemetryPacket)
-    ]
-    dead: Any = client.xrange(DEAD)
+
+    def found(kind: type, *streams: str) -> list[Any]:
+        return [
+            message
+            for tag in tags(load.partitions)
+            for stream in streams
+            for message in _messages(client, stream + tag, load.keyring, kind)
+        ]
+
+    commands = found(leyline.AdaptationCommand, NORMAL)
+    reports = found(leyline.FieldReport, NORMAL)
+    telemetry = found(leyline.TelemetryPacket, TELEMETRY, EMERGENCY)
+    dead: list[Any] = []
+    for tag in tags(load.partitions):
+        letters: Any = client.xrange(DEAD + tag)
+        dead += letters
     problems: list[str] = []
     by_packet: dict[str, list[Any]] = defaultdict(list)
     for command in commands:
@@ -145,7 +155,7 @@ def balance(
     for command in commands:
         if reported[command.command_id] != 1:
             problems.append(f"{reported[command.command_id]} reports for {command.command_id}")
-    pending = _pending(client)
+    pending = _pending(client, load.partitions)
     if pending:
         problems.append(f"{pending} entries are still pending")
     client.close()
@@ -153,26 +163,29 @@ def balance(
     return Balance(len(load.published), len(commands), reasons, pending, problems)
 
 
-def wait_quiet(url: str, timeout_s: float = 60.0) -> None:
+def wait_quiet(url: str, timeout_s: float = 60.0, partitions: int = 1) -> None:
     """Wait until every entry was delivered and acknowledged."""
     client = connect(url)
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            if _is_quiet(client):
+            if _is_quiet(client, partitions):
                 break
         except (RedisError, OSError):
             pass
         if time.monotonic() > deadline_s:
-            raise TimeoutError(
-                f"still busy after {timeout_s:g} s: {client.xpending(NORMAL, 'tamiyo')}"
-            )
+            pending = [client.xpending(NORMAL + tag, "tamiyo") for tag in tags(partitions)]
+            raise TimeoutError(f"still busy after {timeout_s:g} s: {pending}")
         time.sleep(0.05)
     client.close()
 
 
-def _is_quiet(client: Redis) -> bool:
-    for stream in (NORMAL, EMERGENCY):
+def _inputs(partitions: int) -> list[str]:
+    return [stream + tag for tag in tags(partitions) for stream in (NORMAL, EMERGENCY)]
+
+
+def _is_quiet(client: Redis, partitions: int) -> bool:
+    for stream in _inputs(partitions):
         info: Any = client.xinfo_stream(stream)
         groups: Any = client.xinfo_groups(stream)
         if not groups or groups[0]["pending"]:
@@ -182,9 +195,9 @@ def _is_quiet(client: Redis) -> bool:
     return True
 
 
-def _pending(client: Redis) -> int:
+def _pending(client: Redis, partitions: int) -> int:
     total = 0
-    for stream in (NORMAL, EMERGENCY):
+    for stream in _inputs(partitions):
         groups: Any = client.xinfo_groups(stream)
         total += sum(group["pending"] for group in groups)
     return total
