@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.parts
 	$(BIN)/python -m benchmarks.agreement
 	$(BIN)/python -m benchmarks.large
+	$(BIN)/python -m benchmarks.commits
 	$(BIN)/tamiyo bench --catalog tests/data/urza_catalog.db --blueprint demo-safe
 	$(BIN)/tamiyo bench --catalog tests/data/urza_catalog.db --blueprint demo-safe \
 		--trainers 64 --rate 0 --seconds 20 --set TAMIYO_STEP_TIMEOUT_MS=1000

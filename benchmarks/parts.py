@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import workload
+from benchmarks.decision import decision_parts
 from tamiyo_svc.adapters.compiler import CompiledFormUnavailableError, load_compiled
 from tamiyo_svc.cli.measure import (
     HEADINGS,
@@ -115,11 +116,12 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--json", action="store_true")
     chosen = arguments.parse_args()
-    calls = parts()
-    results: dict[str, dict[str, list[float]]] = {
-        "spaced, one every 20 ms": interleaved_ms(calls, chosen.rounds, _COUNT, GAP_S),
-        "tight loop": interleaved_ms(calls, chosen.rounds, _COUNT),
-    }
+    with decision_parts() as decisions:
+        calls = parts() | decisions
+        results: dict[str, dict[str, list[float]]] = {
+            "spaced, one every 20 ms": interleaved_ms(calls, chosen.rounds, _COUNT, GAP_S),
+            "tight loop": interleaved_ms(calls, chosen.rounds, _COUNT),
+        }
     rates = batched(64)
     if chosen.json:
         figures = {
