@@ -19,10 +19,12 @@ from tamiyo_svc.adapters.oona.inspection import (
     GroupView,
     StreamView,
     server_time_ms,
+    streams_under,
     view_stream,
 )
 from tamiyo_svc.cli.bus_message import plain
 from tamiyo_svc.cli.duration import shown_duration
+from tamiyo_svc.leyline.partition import tag_in
 from tamiyo_svc.service.settings import Settings
 
 TIMEOUT_S: Final = 5.0
@@ -37,6 +39,7 @@ class Examiner:
         self._now_ms = now_ms
         self._group = settings.consumer_group
         self._inputs = settings.input_streams
+        self._normal = settings.normal_stream
         self._dead = settings.in_partitions(settings.dead_letter_stream)
         self._claim_idle_ms = settings.claim_idle_ms
         # A consumer that waits asks again after every block.
@@ -53,6 +56,9 @@ class Examiner:
                 return []
             return [f"{_entries(view.length)} could not be processed; `tamiyo dlq ls` lists them"]
         if view.stream not in self._inputs:
+            if is_partition_of(self._normal, view.stream) and not view.groups:
+                differ = "trainers and service differ in OONA_PARTITIONS"
+                return [f"{_entries(view.length)} that no service reads: {differ}"]
             return [line for group in view.groups for line in self._diagnose(group)]
         if not view.exists:
             return ["the stream does not exist; a service makes it when it starts"]
@@ -129,6 +135,11 @@ def streams_of(settings: Settings) -> tuple[str, ...]:
     return (*partitioned, settings.policy_stream)
 
 
+def is_partition_of(name: str, stream: str) -> bool:
+    """Whether a stream is the one of that name in some partition, or the only one."""
+    return stream == name + tag_in(stream)
+
+
 def _table(views: Sequence[StreamView], examiner: Examiner) -> Table:
     """One row for each stream and group, with the group's consumers."""
     table = Table(title="Streams", title_justify="left")
@@ -191,7 +202,12 @@ def _document(view: StreamView, examiner: Examiner) -> dict[str, Any]:
 
 async def _look(settings: Settings) -> tuple[int, list[StreamView]]:
     async with client(settings.redis_url, TIMEOUT_S) as redis:
-        views = [await view_stream(redis, stream) for stream in streams_of(settings)]
+        streams = dict.fromkeys(streams_of(settings))
+        # Where trainers publish that were told another number of partitions.
+        for stream in await streams_under(redis, settings.normal_stream):
+            if is_partition_of(settings.normal_stream, stream):
+                streams.setdefault(stream)
+        views = [await view_stream(redis, stream) for stream in streams]
         return await server_time_ms(redis), views
 
 

@@ -281,6 +281,23 @@ async def test_what_an_operator_looks_with_sees_every_partition(
     assert comparison.count(Agreement.IDENTICAL) == comparison.compared == 2 * COUNT
 
 
+async def test_packets_in_partitions_that_nobody_serves_are_pointed_out(
+    bus: Bus, start_service: StartService, redis_url: str, tmp_path: Path
+) -> None:
+    await start_service(partitions=COUNT)
+    for stream in ("oona.normal", "oona.normal.{7}", "oona.normal.pod-1"):
+        await bus.publish(state_packet("run-1", 1), stream)
+    text = await asyncio.to_thread(status, operator(redis_url, tmp_path), as_json=True)
+    assert isinstance(text, str)
+    found = {each["stream"]: each["diagnosis"] for each in json.loads(text)["streams"]}
+    for stream in ("oona.normal", "oona.normal.{7}"):
+        (line,) = found.pop(stream)
+        assert line.startswith("1 entry that no service reads")
+        assert "OONA_PARTITIONS" in line
+    assert not any(found.values())
+    assert "oona.normal.pod-1" not in found
+
+
 async def test_the_statuses_of_several_replicas_are_read(
     bus: Bus, redis_url: str, tmp_path: Path
 ) -> None:
