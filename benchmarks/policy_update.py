@@ -3,8 +3,8 @@
 A service of its own answers one trainer 50 times a second over a real Redis. Time and again a
 policy of full size (56 MB) is published, with a control window before and after it. Latencies are
 those of the service's own telemetry; a window ends when the update is applied. The publisher
-stands for one on another machine: it seals between the windows, in a process of its own that runs
-only while nobody else wants the processor.
+stands for one on another machine: it seals between the windows, in a process of its own and of the
+lowest priority.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.checkpoint import write_policy
 from tamiyo_svc.policy.evaluator import build_policy
-from tamiyo_svc.service.courtesy import yield_processor
 from tamiyo_svc.taxonomy import Event
 
 _RATE_PER_S: Final = 50.0
@@ -145,7 +144,7 @@ def _measure(url: str, secret: str, pid: int, count: int, seconds: float) -> dic
 
 def _publish(url: str, secret: str, pipe: Connection) -> None:
     """Seal a policy per version received, say its size, and publish it when told to."""
-    yield_processor(os.getpid())
+    os.nice(19)
     torch.set_num_threads(1)
     policy = replace(build_policy("untrained"), policy_id="full")
     with open_stream(url) as redis:
@@ -265,7 +264,6 @@ def _figures(told: list[Told], windows: list[tuple[float, float]]) -> dict[str, 
         "late": [
             {
                 "at_ms": at_ms,
-                "T": each.at_s,
                 "step_ms": round(each.step_ms, 1),
                 **{name: round(value, 1) for name, value in each.stages_ms.items()},
             }

@@ -135,6 +135,7 @@ class Engines:
                     folded = fold(network)
                     for mine, graphs in zip(outputs, batches, strict=True):
                         _check(mine, folded.evaluate(graphs))
+                    folded.release()
             except Exception as error:
                 if level + 1 == len(self._forms):
                     raise

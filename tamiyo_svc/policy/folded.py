@@ -67,7 +67,7 @@ class Projection:
 class _AttentionLayer:
     scores: Tensor
     edges: Tensor
-    projections: Mapping[str, Projection]
+    projections: dict[str, Projection]
 
 
 class FoldedNetwork:
@@ -142,6 +142,12 @@ class FoldedNetwork:
             for projection in projections:
                 projection(torch.zeros(height, projection.inputs, device=self.device))
             height *= 2
+
+    def release(self) -> None:
+        """Free the projections one by one, as `FoldedWeights.release`; it is of no use then."""
+        for layer in (*self._sage, *(layer.projections for layer in self._gat)):
+            while layer:
+                layer.popitem()
 
     def _layout(self, topologies: tuple[Topology, ...]) -> Layout:
         layout = self._layouts.get(topologies)
@@ -237,7 +243,10 @@ class FoldedNetwork:
 
 def fold(network: TamiyoNetwork) -> FoldedNetwork:
     """Fold a network's present weights; later changes to it do not reach the folded form."""
-    return FoldedNetwork(fold_weights(network))
+    weights = fold_weights(network)
+    folded = FoldedNetwork(weights)
+    weights.release()
+    return folded
 
 
 def _padded_means(attention: Attention, scores: Tensor, hidden: Tensor) -> Tensor:

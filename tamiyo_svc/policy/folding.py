@@ -54,7 +54,7 @@ class AttentionWeights:
     """(in, 2 * relations * heads): as source, then as target."""
     edges: Tensor
     """(relations, heads, 3)."""
-    projections: Mapping[str, Affine]
+    projections: dict[str, Affine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class FoldedWeights:
     scale: Tensor
     """(types + 1, width): the norms' weights; 0 for the zero row."""
     shift: Tensor
-    sage: tuple[Mapping[str, Affine], ...]
+    sage: tuple[dict[str, Affine], ...]
     gat: tuple[AttentionWeights, ...]
     node_heads: Affine
     """The first layers of all heads, side by side."""
@@ -75,6 +75,12 @@ class FoldedWeights:
     """The second layers, block by block."""
     columns: Mapping[str, slice]
     """Where each head stands in the columns of `node_heads`; `hidden` feeds `hidden_heads`."""
+
+    def release(self) -> None:
+        """Free the wide projections; together they would keep the interpreter for milliseconds."""
+        for layer in (*self.sage, *(layer.projections for layer in self.gat)):
+            while layer:
+                layer.popitem()
 
 
 def fold_weights(network: TamiyoNetwork) -> FoldedWeights:

@@ -56,13 +56,9 @@ def standing_back(is_busy: Callable[[], bool], patience_s: float = _PATIENCE_S) 
 
 
 def yield_processor(process: int) -> None:
-    """Have a process run only while nobody else wants the processor.
-
-    Niceness alone would let it finish its time slice of some milliseconds first.
-    """
+    """Have the scheduler prefer us to a process that we started."""
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, process, _NICENESS)
-        os.sched_setscheduler(process, os.SCHED_IDLE, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, process, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
 
 
 def _be_nice() -> None:

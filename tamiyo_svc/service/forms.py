@@ -12,6 +12,7 @@ from tamiyo_svc.policy.compiled import CompiledNetwork, Library
 from tamiyo_svc.policy.cuda import cuda_forms
 from tamiyo_svc.policy.engines import EAGER_CPU, Form
 from tamiyo_svc.policy.folding import fold_weights
+from tamiyo_svc.policy.network import TamiyoNetwork
 from tamiyo_svc.service.settings import Settings
 from tamiyo_svc.taxonomy import CpuEngine, WeightDtype
 
@@ -53,11 +54,14 @@ def _cpu_forms(settings: Settings) -> list[Form]:
 
 def compiled_form(library: Library, dtype: WeightDtype) -> Form:
     """The form compiled ahead of time for the CPU."""
-    return Form(
-        "cpu",
-        is_compiled=True,
-        build=lambda network: CompiledNetwork(library, fold_weights(network), dtype),
-    )
+
+    def build(network: TamiyoNetwork) -> CompiledNetwork:
+        weights = fold_weights(network)
+        compiled = CompiledNetwork(library, weights, dtype)
+        weights.release()
+        return compiled
+
+    return Form("cpu", is_compiled=True, build=build)
 
 
 def _unavailable(error: CompiledFormUnavailableError) -> Form:

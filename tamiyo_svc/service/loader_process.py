@@ -19,8 +19,6 @@ from tamiyo_svc.taxonomy import PolicyRejection
 log = structlog.get_logger("tamiyo.loader_process")
 
 _EXAMINE_TIMEOUT_S: Final = 120.0
-# On a machine that is never idle it takes longer, and is done again without yielding.
-_YIELDING_TIMEOUT_S: Final = 10.0
 
 
 class LoaderProcess:
@@ -28,7 +26,7 @@ class LoaderProcess:
 
     `position` is how far it knows the stream to be read, `is_first` whether it has yet to look
     where the stream begins. Until it first waits for an update it runs like any process: a starting
-    service waits for it. From then on it yields the processor to everybody.
+    service waits for it. From then on it yields the processor to the service.
     """
 
     def __init__(self, position: str) -> None:
@@ -38,7 +36,6 @@ class LoaderProcess:
         self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
         self._has_loaded = False
         self._yields = False
-        self._is_urgent = False
 
     async def process_id(self) -> int | None:
         """The process that runs, if any."""
@@ -65,7 +62,7 @@ class LoaderProcess:
         if finding is None or process.returncode is not None:
             await self.close()
         if finding is not None:
-            self.position, self.is_first, self._is_urgent = finding.entry_id, False, False
+            self.position, self.is_first = finding.entry_id, False
         return finding
 
     async def close(self) -> None:
@@ -91,7 +88,8 @@ class LoaderProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
+            # Not a session of its own: Linux gives each of those the same share of the processor.
+            process_group=0,
         )
 
     async def _listen(self, process: asyncio.subprocess.Process) -> Finding | None:
@@ -103,10 +101,6 @@ class LoaderProcess:
                 async with asyncio.timeout(timeout_s):
                     line = await process.stdout.readline()
             except TimeoutError:
-                if self._yields:
-                    log.warning("policy.examination_starved", entry_id=entry_id)
-                    self._is_urgent = True
-                    return None
                 _kill(process)
                 await process.wait()
                 detail = f"it took more than {_EXAMINE_TIMEOUT_S:.0f} s to examine"
@@ -125,13 +119,12 @@ class LoaderProcess:
                         # It keeps half a gigabyte, which a new one does not.
                         return None
                     self.caught_up.set()
-                    if not self._is_urgent and not self._yields:
+                    if not self._yields:
                         yield_processor(process.pid)
                         self._yields = True
                 case "reading":
-                    entry_id = answer["entry_id"]
+                    entry_id, timeout_s = answer["entry_id"], _EXAMINE_TIMEOUT_S
                     self._has_loaded = self._has_loaded or not answer["is_apart"]
-                    timeout_s = _YIELDING_TIMEOUT_S if self._yields else _EXAMINE_TIMEOUT_S
                 case "finding":
                     return Finding(**answer)
                 case _:
@@ -139,7 +132,7 @@ class LoaderProcess:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    """End a process and its children, which share its session."""
+    """End a process and its children, which share its group."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

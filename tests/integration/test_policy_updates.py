@@ -24,7 +24,6 @@ from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.evaluator import weights_digest
-from tamiyo_svc.service import loader_process
 from tamiyo_svc.taxonomy import PolicyRejection
 
 pytestmark = pytest.mark.redis
@@ -381,14 +380,15 @@ async def test_a_shadow_goes_on_after_a_restart_and_can_be_promoted(
     assert second.service._updates.status().shadow is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="has no idle policy elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_the_loader_yields_to_the_service_and_keeps_no_weights(
     bus: Bus, start_service: StartService
 ) -> None:
     running = await start_service()
     loader = await running.service._updates._loader.process_id()
     assert loader is not None
-    assert os.sched_getscheduler(loader) == os.SCHED_IDLE
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, loader) == min(19, mine + 5)
 
     await bus.publish(update("v1", checkpoint(1.0)), STREAM)
     await told(bus, "policy_update_applied")
@@ -410,19 +410,6 @@ async def test_a_process_that_loaded_what_the_stream_held_at_the_start_is_replac
     maps = await asyncio.to_thread(Path(f"/proc/{loader}/maps").read_text)
     assert serving(running)["version"] == "v1"
     assert "libtorch" not in maps
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="has no idle policy elsewhere")
-async def test_an_examination_that_is_starved_is_done_again_without_yielding(
-    bus: Bus, start_service: StartService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader_process, "_YIELDING_TIMEOUT_S", 0.0)
-    running = await start_service()
-
-    await bus.publish(update("v1", checkpoint(1.0)), STREAM)
-    await told(bus, "policy_update_applied")
-
-    assert serving(running)["version"] == "v1"
 
 
 async def test_keys_rotate_with_overlap(bus: Bus, start_service: StartService) -> None:

@@ -21,6 +21,7 @@ from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork
 
 _CONFIG = NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1)
 _NETWORK = random_network(_CONFIG, 1)
+_POLICIES = [random_network(_CONFIG, 1) for _ in range(12)]
 _GRAPH = random_graph((1, 1, 1, 1, 1, 1), 1.0, 1)
 
 
@@ -229,10 +230,9 @@ def test_whatever_fails_the_last_form_answers_and_every_fall_is_counted_once(
     )
     engines, heard = chain(first, second, last)
     level = 0
-    for fault in faults:
+    for fault, network in zip(faults, _POLICIES, strict=False):
         for backend, kind in zip((first, second), fault, strict=True):
             backend.fails_to_build, backend.fails_to_run = kind == "b", kind == "r"
-        network = random_network(_CONFIG, 1)
 
         outputs = engines.evaluate(network, [_GRAPH])
 
