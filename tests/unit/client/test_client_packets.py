@@ -108,7 +108,8 @@ def test_whatever_a_state_holds_publishing_does_not_raise() -> None:
     ]
     with FakeService().client() as client:
         assert [client.publish(state, step) for step, state in enumerate(states)] == [""] * 6
-        assert client.publish(State(metrics={"spread": torch.ones(2)}), 7) != ""
+        spread: dict[str, Any] = {"spread": torch.ones(2)}
+        assert client.publish(State(metrics=spread), 7) != ""
         assert client.flush(LONG_S)
     assert (client.counters.unpublished, client.counters.published) == (6, 1)
 
