@@ -51,7 +51,8 @@ class Intake:
     """Reads entries and keeps at most one task a run at work on them.
 
     Packets that arrive while their run is at work wait in its mailbox and are settled together
-    afterwards, so order within a run holds and only the newest is decided.
+    afterwards, so order within a run holds and only the newest is decided. `on_busy` hears of
+    everything that was read, `on_idle` when nothing is in flight any more; either may come often.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Intake:
         self._room = asyncio.Event()
         self._room.set()
         self._to_recover = set(self.consumers)
+        self.on_busy: Callable[[], None] = lambda: None
+        self.on_idle: Callable[[], None] = lambda: None
 
     @property
     def is_busy(self) -> bool:
@@ -158,6 +161,8 @@ class Intake:
     def _dispatch(self, consumer: StreamConsumer, entries: Sequence[Entry]) -> None:
         """Hand every entry on; those not for us are acknowledged together."""
         read_at = time.perf_counter()
+        if entries:
+            self.on_busy()
         ignored: list[Entry] = []
         for entry in entries:
             if entry.key in self._in_flight or entry.key in self._ended_since:
@@ -181,6 +186,8 @@ class Intake:
                 ignored.append(entry)
         if ignored:
             self._start(self._acknowledge(consumer, ignored), "acknowledge")
+        if not self._in_flight:
+            self.on_idle()
 
     def _open(self, entry: Entry, read_at: float) -> bool:
         """Verify one entry and hand it on if it is for us.
@@ -308,6 +315,8 @@ class Intake:
         self._in_flight -= keys
         if self._looking.locked():
             self._ended_since |= keys
+        if not self._in_flight:
+            self.on_idle()
         if len(self._in_flight) < self._limits.in_flight:
             self._room.set()
 

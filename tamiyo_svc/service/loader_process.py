@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import structlog
 
-from tamiyo_svc.service.courtesy import yield_processor
+from tamiyo_svc.service.courtesy import ProcessTurns, yield_processor
 from tamiyo_svc.service.policy_loader import BUS_EXIT, Finding, LoaderRequest
 from tamiyo_svc.taxonomy import PolicyRejection
 
@@ -26,7 +26,8 @@ class LoaderProcess:
 
     `position` is how far it knows the stream to be read, `is_first` whether it has yet to look
     where the stream begins. Until it first waits for an update it runs like any process: a starting
-    service waits for it. From then on it yields the processor to the service.
+    service waits for it. From then on it yields the processor to the service and, while it
+    examines an update, stands still whenever a packet is in flight.
     """
 
     def __init__(self, position: str) -> None:
@@ -36,6 +37,17 @@ class LoaderProcess:
         self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
         self._has_loaded = False
         self._yields = False
+        self._turns: ProcessTurns | None = None
+
+    def stand_back(self) -> None:
+        """Make room for a packet."""
+        if self._turns is not None:
+            self._turns.stand_back()
+
+    def go_on(self) -> None:
+        """Use the time until the next packet."""
+        if self._turns is not None:
+            self._turns.go_on()
 
     async def process_id(self) -> int | None:
         """The process that runs, if any."""
@@ -55,7 +67,11 @@ class LoaderProcess:
             process = await asyncio.shield(self._starting)
             assert process.stdin is not None
             process.stdin.write(request.to_json().encode() + b"\n")
-            finding = await self._listen(process)
+            try:
+                finding = await self._listen(process)
+            finally:
+                self.go_on()
+                self._turns = None
         except (OSError, ValueError):
             await self.close()
             raise
@@ -125,6 +141,8 @@ class LoaderProcess:
                 case "reading":
                     entry_id, timeout_s = answer["entry_id"], _EXAMINE_TIMEOUT_S
                     self._has_loaded = self._has_loaded or not answer["is_apart"]
+                    if self._yields:
+                        self._turns = ProcessTurns(process.pid)
                 case "finding":
                     return Finding(**answer)
                 case _:

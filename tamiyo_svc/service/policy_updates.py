@@ -122,6 +122,14 @@ class PolicyUpdates:
         await self._loader.close()
         self._candidates.close()
 
+    def stand_back(self) -> None:
+        """Have the process that examines updates make room for a packet."""
+        self._loader.stand_back()
+
+    def go_on(self) -> None:
+        """Have it use the time until the next packet."""
+        self._loader.go_on()
+
     def inference_ended(self, success: bool) -> None:
         """Note how one inference of the serving policy went."""
         if self._probation is None:

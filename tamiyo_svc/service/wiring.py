@@ -181,6 +181,7 @@ async def open_service(
             bus.background,
             lambda: intake.is_busy,
         )
+        intake.on_busy, intake.on_idle = updates.stand_back, updates.go_on
         replica.on_inference = updates.inference_ended
         service = Service(
             settings,
