@@ -11,6 +11,7 @@ nothing: every packet has one command, and the packet after a stall is decided b
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import platform
 import selectors
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
 from redis import Redis
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
@@ -160,6 +162,7 @@ async def main(stalls: int) -> None:
 
 
 if __name__ == "__main__":
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     with asyncio.Runner(
         loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())
     ) as runner:

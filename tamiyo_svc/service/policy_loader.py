@@ -24,7 +24,12 @@ from typing import Any, Final
 from redis import Redis
 
 from tamiyo_svc.adapters.oona.entries import Entry
-from tamiyo_svc.adapters.oona.policy_stream import open_stream, read_next, start_cursor
+from tamiyo_svc.adapters.oona.policy_stream import (
+    measure_next,
+    open_stream,
+    read_next,
+    start_cursor,
+)
 from tamiyo_svc.errors import BusError, PolicyRejectedError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import (
@@ -44,10 +49,13 @@ BUS_EXIT: Final = 3
 """Exit code when Redis did not answer."""
 
 _BLOCK_MS: Final = 5_000
-# An update of the largest size is held about six times over while it is read.
+# An update is held about so many times over while it is read and examined.
+_COPIES: Final = 6
 _MAX_DATA_BYTES: Final = 6 << 30
 # Where a container finds its memory limit (cgroups, version 2).
 _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+# The signature and the names of the fields.
+_FRAME_BYTES: Final = 1024
 _REASONS: Final = {
     RejectReason.MISSING_SIGNATURE: PolicyRejection.MISSING_SIGNATURE,
     RejectReason.INVALID_SIGNATURE: PolicyRejection.INVALID_SIGNATURE,
@@ -153,7 +161,9 @@ def main() -> int:
         except BusError as error:
             _say({"kind": "bus", "detail": str(error)})
             return BUS_EXIT
-        _say({"kind": "reading", "entry_id": entry.entry_id, "is_apart": is_apart})
+        if isinstance(entry, Finding):
+            _say({"kind": "finding", **asdict(entry)})
+            continue
         if is_apart:
             _examine_apart(entry, request)
         else:
@@ -177,17 +187,37 @@ def _examine_apart(entry: Entry, request: LoaderRequest) -> None:
         os._exit(abs(code))
 
 
-def _next_entry(redis: Redis, request: LoaderRequest) -> tuple[Entry, bool]:
-    """The next entry, and whether it was waited for."""
+def _next_entry(redis: Redis, request: LoaderRequest) -> tuple[Entry | Finding, bool]:
+    """The next entry, or why it is not read, and whether it was waited for.
+
+    One that is there already is measured before it is read, for a client that runs out of memory
+    tells it like an outage. One that was waited for and is too much ends this process, and is there
+    when the next one looks.
+    """
     after = request.after
     if request.first:
         after = start_cursor(redis, request.stream, after)
-    entry = read_next(redis, request.stream, after, None)
-    if entry is not None:
-        return entry, False
+    measured = measure_next(redis, request.stream, after)
+    if measured is not None:
+        entry_id, size = measured
+        _say({"kind": "reading", "entry_id": entry_id, "is_apart": False})
+        if size > request.max_bytes + _FRAME_BYTES:
+            detail = f"the entry has {size} bytes, at most {request.max_bytes} are taken"
+            return _refused(Finding(entry_id), PolicyRejection.PAYLOAD_TOO_LARGE, detail), False
+        try:
+            # Allowed or not, none of it is touched.
+            bytearray(_COPIES * size)
+        except MemoryError:
+            detail = f"the entry has {size} bytes, which do not fit in memory"
+            return _refused(Finding(entry_id), PolicyRejection.PAYLOAD_TOO_LARGE, detail), False
+        entry = read_next(redis, request.stream, after, None)
+        # It may have been trimmed meanwhile.
+        return entry or Finding(entry_id, ignored=True), False
     _say({"kind": "waiting", "after": after})
+    entry = None
     while entry is None:
         entry = read_next(redis, request.stream, after, _BLOCK_MS)
+    _say({"kind": "reading", "entry_id": entry.entry_id, "is_apart": True})
     return entry, True
 
 

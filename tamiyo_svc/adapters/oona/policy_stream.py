@@ -28,6 +28,17 @@ FROM_THE_END: Final = "$"
 KEPT_UPDATES: Final = 8
 """Entries the policy stream keeps; what a replica needs is among the newest few."""
 
+_MEASURE: Final = """
+local entry = redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', 1)[1]
+if not entry then
+  return false
+end
+local size = 0
+for _, part in ipairs(entry[2]) do
+  size = size + #part
+end
+return {entry[1], size}
+"""
 _READ_TIMEOUT_S: Final = 30.0
 _STATUS_PREFIX: Final = "tamiyo:policy:"
 STATUS_TTL_MS: Final = 15_000
@@ -73,6 +84,19 @@ def read_next(redis: Redis, stream: str, after: str, block_ms: int | None) -> En
     except (*OUTAGE_ERRORS, RedisError) as error:
         raise BusError(f"{stream}: {error!r}") from error
     return next(read_entries(reply), None)
+
+
+def measure_next(redis: Redis, stream: str, after: str) -> tuple[str, int] | None:
+    """Id and size in bytes of the entry after an id, without its bytes coming here.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    try:
+        reply: Any = redis.eval(_MEASURE, 1, stream, after)
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"{stream}: {error!r}") from error
+    return (reply[0].decode(), int(reply[1])) if reply else None
 
 
 def last_id(redis: Redis, stream: str) -> str:
