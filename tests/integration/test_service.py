@@ -419,7 +419,8 @@ async def test_stalled_lane_gets_safe_commands_and_its_late_result_changes_nothi
     bus: Bus, start_service: StartService
 ) -> None:
     gate = threading.Event()
-    running = await start_service(lambda worker: Gated(worker, gate), step_timeout_ms=5.0)
+    # Long enough to reach the lane on a busy machine.
+    running = await start_service(lambda worker: Gated(worker, gate), step_timeout_ms=200.0)
     first, second = state_packet("run-1", 1), state_packet("run-2", 1)
     await bus.publish(first)
     command = await bus.command_for(first)

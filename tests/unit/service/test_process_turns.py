@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,17 +79,19 @@ async def test_a_process_that_has_ended_is_no_trouble(group: int) -> None:
     turns.go_on()
 
 
-async def test_a_stopped_process_does_not_outlive_its_parent() -> None:
-    parent = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", ORPHANING),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert parent.stdout is not None
-    child = int(await parent.stdout.readline())
-    assert state(child) == STOPPED
+def test_a_stopped_process_is_sent_on_when_its_parent_is_gone() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert state(child) == STOPPED
+        parent.kill()
+        parent.wait()
 
-    parent.kill()
-    await parent.wait()
-
-    await until(lambda: state(child) in ("", "Z"))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while state(child) == STOPPED:
+            assert time.monotonic() < deadline_s
+    # Where SIGHUP is ignored it is alive now.
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
