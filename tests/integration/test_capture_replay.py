@@ -126,9 +126,15 @@ def recording_process(url: str, file: Path) -> Iterator[subprocess.Popen[bytes]]
     """`tamiyo capture` as an operator starts it, until it is interrupted."""
     command = ("-m", "tamiyo_svc.cli.main", "capture", str(file), "--for", "10m")
     environment = {**os.environ, "REDIS_URL": url, "ESPER_LEYLINE_SECRET": SECRET}
-    with subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, cwd=file.parent
-    ) as process:
+    # A shell starts what runs in the background with interrupts ignored, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, cwd=file.parent
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         try:
             yield process
         finally:
