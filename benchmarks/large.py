@@ -12,14 +12,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import workload
-from benchmarks.parts import compiled
+from benchmarks.parts import engines
 from tamiyo_svc.cli.measure import Distribution, WeightProbe, interleaved_ms, machine
 from tamiyo_svc.graph.coverage import EMPTY_COVERAGE
 from tamiyo_svc.graph.graph import Graph, pack
 from tamiyo_svc.graph.schema import EDGE_WIDTH, NODE_TYPES, NODE_WIDTHS, RELATIONS
-from tamiyo_svc.policy.cuda import CudaNetwork
-from tamiyo_svc.policy.engines import Engine
-from tamiyo_svc.policy.folded import fold
 
 _NODES: Final = 10_000
 _EDGES: Final = 50_000
@@ -49,15 +46,14 @@ def large_graph() -> Graph:
 def main() -> None:
     torch.set_num_threads(1)
     graph, network = large_graph(), workload.network()
-    engines: dict[str, Engine] = {"eager folded": fold(network), **compiled(network)}
-    if torch.cuda.is_available():
-        engines["cuda"] = CudaNetwork(network, torch.device("cuda"), is_compiled=False)
     console = Console(width=100)
     nodes, edges = sum(graph.topology.counts), sum(graph.topology.edge_counts)
     console.print(f"{nodes} nodes, {edges} edges", highlight=False)
     with torch.inference_mode():
         probe = WeightProbe()
-        calls = {name: lambda e=engine: e.evaluate([graph]) for name, engine in engines.items()}
+        calls = {
+            name: lambda e=engine: e.evaluate([graph]) for name, engine in engines(network).items()
+        }
         results = interleaved_ms({"probe: 28 MB streamed": probe, **calls}, 3, 3)
     for name, times in results.items():
         spread = Distribution.of(times)

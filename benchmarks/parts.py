@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import torch
 from rich.console import Console
@@ -32,9 +32,11 @@ from tamiyo_svc.cli.measure import (
 from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.compiled import CompiledNetwork
+from tamiyo_svc.policy.cuda import CudaNetwork
 from tamiyo_svc.policy.engines import Engine
 from tamiyo_svc.policy.folded import fold
 from tamiyo_svc.policy.folding import fold_weights
+from tamiyo_svc.policy.network import TamiyoNetwork
 from tamiyo_svc.taxonomy import WeightDtype
 
 GAP_S: Final = 0.02
@@ -51,7 +53,7 @@ def parts() -> dict[str, Callable[[], object]]:
     packets = _endless(workload.packets(_GRAPHS))
     candidates, builder = workload.blueprints(), workload.builder()
     network = workload.network()
-    folded = fold(network)
+    forms = engines(network)
     keyring = Keyring(b"a secret for the benchmark")
     sealed = seal(workload.packets(1)[0], keyring, {}).fields()
 
@@ -67,21 +69,32 @@ def parts() -> dict[str, Callable[[], object]]:
 
         return run
 
-    with torch.inference_mode():
-        folded.warm_up(64)
     return {
         "probe: 28 MB streamed": WeightProbe(),
         "graph build": lambda: builder.build(next(packets), candidates, {}),
         "forward, network.py": reference,
-        "forward, eager folded": forward(folded),
-        **{name: forward(engine) for name, engine in compiled(network).items()},
+        **{name: forward(engine) for name, engine in forms.items()},
         "codec: open a packet": lambda: parse_payload(open_envelope(sealed, keyring)),
         "codec: seal a packet": lambda: seal(next(packets), keyring, {}).fields(),
     }
 
 
-def compiled(network: Any) -> dict[str, Engine]:
-    """The compiled forms, none where there is no compiler."""
+def engines(network: TamiyoNetwork) -> dict[str, Engine]:
+    """The forms this machine can run, by name."""
+    folded = fold(network)
+    with torch.inference_mode():
+        folded.warm_up(64)
+    forms: dict[str, Engine] = {"forward, eager folded": folded, **_compiled(network)}
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        for title, is_compiled in {"eager": False, "torch.compile": True}.items():
+            engine = CudaNetwork(network, device, time.perf_counter, is_compiled=is_compiled)
+            print(f"CUDA {title}: {engine.choices}")
+            forms[f"forward, CUDA {title}"] = engine
+    return forms
+
+
+def _compiled(network: TamiyoNetwork) -> dict[str, Engine]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             library = load_compiled(Path(folder))
@@ -98,9 +111,8 @@ def batched(size: int) -> dict[str, float]:
     """Graphs a second of one forward over `size` graphs of different packets."""
     graphs = workload.graphs(size)
     network = workload.network()
-    engines: dict[str, Engine] = {"forward, eager folded": fold(network), **compiled(network)}
     rates = {}
-    for name, engine in engines.items():
+    for name, engine in engines(network).items():
         with torch.inference_mode():
             engine.evaluate(graphs)
             started, calls = time.perf_counter(), 0

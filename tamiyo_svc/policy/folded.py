@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,9 +36,6 @@ _MAX_LAYOUTS: Final = 256
 # Far below any score, and still finite after the slope: its share of a softmax is exactly 0.
 _ABSENT: Final = -1e30
 _CPU: Final = torch.device("cpu")
-
-Forward = Callable[[Layout, Tensor, Tensor], Tensor]
-"""Layout, features and edge attributes to the last layer's nodes."""
 
 
 class Projection:
@@ -74,8 +71,7 @@ class FoldedNetwork:
     """Evaluates graphs; equal to the network it came from within 1e-5 in float32.
 
     Layouts are kept per topology, which makes it unfit for two threads at once. With `is_mixed`
-    matrices are multiplied in bfloat16; `compile_forward` may replace the forward pass. Copies to
-    another device are pinned and do not block.
+    matrices are multiplied in bfloat16. Copies to another device are pinned and do not block.
     """
 
     def __init__(
@@ -84,7 +80,6 @@ class FoldedNetwork:
         device: torch.device = _CPU,
         *,
         is_mixed: bool = False,
-        compile_forward: Callable[[Forward], Forward] | None = None,
     ) -> None:
         config = weights.config
         self.config = config
@@ -107,7 +102,6 @@ class FoldedNetwork:
         )
         self._columns = weights.columns
         self._layouts: OrderedDict[tuple[Topology, ...], Layout] = OrderedDict()
-        self._run = self._forward if compile_forward is None else compile_forward(self._forward)
 
     def evaluate(self, graphs: Sequence[Graph]) -> list[Outputs]:
         """Outputs of every graph, each as if it were alone. Call in inference mode."""
@@ -125,10 +119,23 @@ class FoldedNetwork:
         if self.device.type != "cpu":
             features = features.pin_memory().to(self.device, non_blocking=True)
             attributes = attributes.pin_memory().to(self.device, non_blocking=True)
+        values, deep = self.forward(layout, features, attributes)
+        return self.read(values, deep, graphs)
+
+    def forward(
+        self, layout: Layout, features: Tensor, attributes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """From a batch on the device to the head tables that `read` takes, on the device."""
         if not self._is_mixed:
-            return self._outputs(self._run(layout, features, attributes), graphs)
+            return self._heads(layout, self._hidden(layout, features, attributes))
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self._outputs(self._run(layout, features, attributes), graphs)
+            return self._heads(layout, self._hidden(layout, features, attributes))
+
+    def read(self, values: Tensor, deep: Tensor, graphs: Sequence[Graph]) -> list[Outputs]:
+        """Outputs of every graph: (scored nodes, columns) and (graphs, dimensions) of the heads."""
+        return read_outputs(
+            values.tolist(), deep.tolist(), graphs, self._columns, self.config.param_vector_dim
+        )
 
     def warm_up(self, most_nodes: int) -> None:
         """Compile what the projections need for up to `most_nodes` nodes of a type."""
@@ -160,7 +167,7 @@ class FoldedNetwork:
             self._layouts.move_to_end(topologies)
         return layout
 
-    def _forward(self, layout: Layout, features: Tensor, attributes: Tensor) -> Tensor:
+    def _hidden(self, layout: Layout, features: Tensor, attributes: Tensor) -> Tensor:
         if layout.order is not None:
             features = torch.cat([features[layout.order], features[-1:]])
         hidden = functional.gelu(features @ self._encoder)
@@ -228,17 +235,11 @@ class FoldedNetwork:
         output = functional.gelu(output)
         return output + hidden if output.shape == hidden.shape else output
 
-    def _outputs(self, hidden: Tensor, graphs: Sequence[Graph]) -> list[Outputs]:
-        scored = sum(sum(graph.topology.counts[:3]) for graph in graphs)
+    def _heads(self, layout: Layout, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        graphs, scored = layout.counts[0], sum(layout.counts[:3])
         values = functional.linear(hidden[:scored], *self._node_heads)
-        deep = torch.tanh(
-            functional.linear(
-                functional.gelu(values[: len(graphs), self._columns["hidden"]]), *self._hidden_heads
-            )
-        )
-        return read_outputs(
-            values.tolist(), deep.tolist(), graphs, self._columns, self.config.param_vector_dim
-        )
+        first = functional.gelu(values[:graphs, self._columns["hidden"]])
+        return values, torch.tanh(functional.linear(first, *self._hidden_heads))
 
 
 def fold(network: TamiyoNetwork) -> FoldedNetwork:

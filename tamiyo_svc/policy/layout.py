@@ -4,11 +4,14 @@ Nodes are ordered by type, then by graph, so that each projection reads one bloc
 the last node stands one row that is always zero, which absent neighbours point to. A target node
 has one slot per relation that reaches its type, in the order of `RELATIONS`, so that its slots are
 one row of the concatenated neighbourhoods.
+
+A layout in a bucket has arrays whose sizes the bucket alone decides. Nodes that are not there have
+empty slots, and edges that are not there point to the zero row and count nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
@@ -37,6 +40,39 @@ _PLACE: Final = np.array(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Room for a batch of graphs in arrays of fixed sizes."""
+
+    counts: tuple[int, ...]
+    """Nodes per type over all graphs."""
+    edges: int
+    """Edges over all graphs."""
+    degree: int
+    """Edges of one relation into one node."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes over all types."""
+        return sum(self.counts)
+
+    def holds(self, topologies: Sequence[Topology]) -> bool:
+        """Whether a batch fits."""
+        totals = np.sum([topology.counts for topology in topologies], axis=0)
+        return (
+            bool((totals <= self.counts).all())
+            and sum(topology.edges.shape[1] for topology in topologies) <= self.edges
+            and max(map(_degree, topologies)) <= self.degree
+        )
+
+
+def _degree(topology: Topology) -> int:
+    """Most edges of one relation into one node."""
+    relation = np.repeat(np.arange(len(RELATIONS)), topology.edge_counts)
+    into = relation * (max(topology.counts) + 1) + topology.edges[1]
+    return int(np.bincount(into).max(initial=0))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
     """The edges of one GAT layer for the types it computes, padded to (slots, degree).
@@ -58,7 +94,10 @@ class Attention:
     relation: Tensor
     """(edges): relation of every edge."""
     edge: Tensor
-    """(edges): place of every edge in the packed attributes of the graphs, one after another."""
+    """(edges): place of every edge in the packed attributes of the graphs, one after another.
+
+    In a bucket, edges that are not there read the row after the bucket's last edge.
+    """
     place: Tensor
     """(edges): where among the places the edge stands."""
     slot: Tensor
@@ -90,9 +129,12 @@ class Layout:
     counts: tuple[int, ...]
     """Nodes per type over all graphs."""
     order: Tensor | None
-    """Rows of the concatenated features in this order; None when they already are."""
+    """Rows of the concatenated features in this order; None when they already are.
+
+    A node that is not there reads the last row, which is zero.
+    """
     types: Tensor
-    """(nodes + 1): type of every row; the zero row has the type after the last."""
+    """(nodes + 1): type of every row; a zero row has the type after the last."""
     mean: tuple[Tensor, Tensor, Tensor]
     """Bags of node rows, one per slot and one more per node for itself: rows, offsets, shares.
 
@@ -104,8 +146,12 @@ class Layout:
         """The same layout with its tensors on a device."""
         if device.type == "cpu":
             return self
-        moved: Layout = _moved(self, device)
-        return moved
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The same layout with every tensor changed, in a fixed order."""
+        mapped: Layout = _mapped(self, change)
+        return mapped
 
     def rows(self, kind: str) -> slice:
         """Rows of a type."""
@@ -114,15 +160,17 @@ class Layout:
         return slice(start, start + self.counts[place])
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or whatever holds tensors, on a device."""
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, or whatever holds tensors, with every tensor changed."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
+        return tuple(_mapped(part, change) for part in value)
     if isinstance(value, (Layout, Attention)):
-        moved = {field.name: _moved(getattr(value, field.name), device) for field in fields(value)}
-        return replace(value, **moved)
+        mapped = {
+            field.name: _mapped(getattr(value, field.name), change) for field in fields(value)
+        }
+        return replace(value, **mapped)
     return value
 
 
@@ -136,21 +184,33 @@ def padded(count: int) -> int:
 
 
 def lay_out(
-    topologies: Sequence[Topology], attended: tuple[tuple[str, ...], tuple[str, ...]]
+    topologies: Sequence[Topology],
+    attended: tuple[tuple[str, ...], tuple[str, ...]],
+    bucket: Bucket | None = None,
 ) -> Layout:
-    """Lay out a batch; `attended` are the types each GAT layer computes."""
-    joined = _join(topologies)
-    totals, type_starts = joined.totals, joined.type_starts
-    relation, source, target = joined.relation, joined.source, joined.target
+    """Lay out a batch; `attended` are the types each GAT layer computes.
+
+    A bucket must hold the batch.
+    """
+    joined = _join(topologies, bucket)
+    present = joined.counts.sum(axis=0)
+    gaps = joined.type_starts - (np.cumsum(present) - present)
+    rows = np.arange(present.sum()) + np.repeat(gaps, present)
+    types = np.full(joined.totals.sum() + 1, len(NODE_TYPES))
+    types[rows] = np.repeat(np.arange(len(NODE_TYPES)), present)
+    order = None
+    if bucket is not None:
+        order = np.full(bucket.nodes, bucket.nodes)
+        order[rows] = _order(joined.counts)
+    elif len(topologies) > 1:
+        order = _order(joined.counts)
+    first, last = attended
     return Layout(
-        counts=tuple(int(total) for total in totals),
-        order=None if len(topologies) == 1 else torch.from_numpy(_order(joined.counts)),
-        types=torch.from_numpy(np.repeat(np.arange(len(NODE_TYPES) + 1), [*totals, 1])),
-        mean=_mean_bags(totals, type_starts, relation, source, target),
-        attention=(
-            _attention(attended[0], totals, type_starts, relation, source, target),
-            _attention(attended[1], totals, type_starts, relation, source, target),
-        ),
+        counts=tuple(int(total) for total in joined.totals),
+        order=None if order is None else torch.from_numpy(order),
+        types=torch.from_numpy(types),
+        mean=_mean_bags(joined, bucket),
+        attention=(_attention(first, joined, bucket), _attention(last, joined, bucket)),
     )
 
 
@@ -190,15 +250,16 @@ class _Joined:
     counts: Integers
     """(graphs, types)."""
     totals: Integers
+    """Rows per type."""
     type_starts: Integers
     relation: Integers
     source: Integers
     target: Integers
 
 
-def _join(topologies: Sequence[Topology]) -> _Joined:
+def _join(topologies: Sequence[Topology], bucket: Bucket | None = None) -> _Joined:
     counts = np.array([topology.counts for topology in topologies])
-    totals = counts.sum(axis=0)
+    totals = counts.sum(axis=0) if bucket is None else np.array(bucket.counts)
     type_starts = np.concatenate([[0], np.cumsum(totals)[:-1]])
     starts = type_starts + np.cumsum(counts, axis=0) - counts
     relations = [np.repeat(np.arange(len(RELATIONS)), t.edge_counts) for t in topologies]
@@ -226,15 +287,15 @@ def _order(counts: Integers) -> Integers:
     return np.concatenate(runs)
 
 
-def _mean_bags(
-    totals: Integers, type_starts: Integers, relation: Integers, source: Integers, target: Integers
-) -> tuple[Tensor, Tensor, Tensor]:
+def _mean_bags(joined: _Joined, bucket: Bucket | None) -> tuple[Tensor, Tensor, Tensor]:
+    totals, type_starts, target = joined.totals, joined.type_starts, joined.target
     width = _FAN_IN + 1
     sizes_of_types = _padded(totals) * width
     slot_starts = np.cumsum(sizes_of_types) - sizes_of_types
-    kind = _TARGET_TYPE[relation]
-    slot = slot_starts[kind] + (target - type_starts[kind]) * width[kind] + _PLACE[relation]
-    node = np.arange(totals.sum())
+    kind = _TARGET_TYPE[joined.relation]
+    slot = slot_starts[kind] + (target - type_starts[kind]) * width[kind] + _PLACE[joined.relation]
+    nodes = int(totals.sum())
+    node = np.arange(nodes)
     node_kind = np.repeat(np.arange(len(totals)), totals)
     own = (
         slot_starts[node_kind]
@@ -244,38 +305,41 @@ def _mean_bags(
     slots = np.concatenate([slot, own])
     order = np.argsort(slots, kind="stable")
     sizes = np.bincount(slots, minlength=int(sizes_of_types.sum()))
+    rows = np.concatenate([joined.source, node])[order]
+    shares = (1.0 / sizes[slots[order]]).astype(np.float32)
+    if bucket is not None:
+        # What follows the last bag's rows is summed into it, as nothing.
+        rows = _filled(rows, bucket.edges + nodes, nodes)
+        shares = _filled(shares, bucket.edges + nodes, 0.0)
     return (
-        torch.from_numpy(np.concatenate([source, node])[order]),
+        torch.from_numpy(rows),
         torch.from_numpy(np.cumsum(sizes) - sizes),
-        torch.from_numpy((1.0 / sizes[slots[order]]).astype(np.float32)),
+        torch.from_numpy(shares),
     )
 
 
-def _attention(
-    kinds: tuple[str, ...],
-    totals: Integers,
-    type_starts: Integers,
-    relation: Integers,
-    source: Integers,
-    target: Integers,
-) -> Attention:
+def _attention(kinds: tuple[str, ...], joined: _Joined, bucket: Bucket | None) -> Attention:
+    totals, type_starts = joined.totals, joined.type_starts
     computed = np.array([kind in kinds for kind in NODE_TYPES])
     sizes = _padded(totals) * _FAN_IN * computed
     slot_starts = np.cumsum(sizes) - sizes
-    edge = np.flatnonzero(computed[_TARGET_TYPE[relation]])
-    relation, source, target = relation[edge], source[edge], target[edge]
+    edge = np.flatnonzero(computed[_TARGET_TYPE[joined.relation]])
+    relation, source, target = (
+        ends[edge] for ends in (joined.relation, joined.source, joined.target)
+    )
     kind = _TARGET_TYPE[relation]
     slot = slot_starts[kind] + (target - type_starts[kind]) * _FAN_IN[kind] + _PLACE[relation]
     order = np.argsort(slot, kind="stable")
     edge, relation, source, target, slot = (
         part[order] for part in (edge, relation, source, target, slot)
     )
-    slots = int(sizes.sum())
+    # In a bucket one slot more takes the edges that are not there.
+    slots = int(sizes.sum()) + (bucket is not None)
     fill = np.bincount(slot, minlength=slots)
-    degree = max(1, int(fill.max(initial=0)))
+    degree = max(1, int(fill.max(initial=0))) if bucket is None else bucket.degree
     offsets = np.cumsum(fill) - fill
     place = np.arange(len(slot))
-    if slots * degree > MOST_PADDED:
+    if bucket is None and slots * degree > MOST_PADDED:
         degree = 0
     else:
         place = slot * degree + place - np.repeat(offsets, fill)
@@ -288,6 +352,11 @@ def _attention(
     targets = sources.copy()
     sources[place] = source * 2 * len(RELATIONS) + relation
     targets[place] = target * 2 * len(RELATIONS) + len(RELATIONS) + relation
+    if bucket is not None:
+        edge = _filled(edge, bucket.edges, bucket.edges)
+        relation = _filled(relation, bucket.edges, 0)
+        place = _filled(place, bucket.edges, (slots - 1) * degree)
+        slot = _filled(slot, bucket.edges, slots - 1)
     return Attention(
         kinds=kinds,
         slots=slots,
@@ -301,6 +370,11 @@ def _attention(
         slot=torch.from_numpy(slot),
         offsets=torch.from_numpy(offsets),
     )
+
+
+def _filled(values: npt.NDArray[Any], length: int, value: float) -> npt.NDArray[Any]:
+    """The values and then `value`, up to a length."""
+    return np.concatenate([values, np.full(length - len(values), value, values.dtype)])
 
 
 def _padded(totals: Integers) -> Integers:

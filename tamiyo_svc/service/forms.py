@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Final
 
 import structlog
@@ -12,13 +16,16 @@ from tamiyo_svc.policy.compiled import CompiledNetwork, Library
 from tamiyo_svc.policy.cuda import cuda_forms
 from tamiyo_svc.policy.engines import EAGER_CPU, Form
 from tamiyo_svc.policy.folding import fold_weights
+from tamiyo_svc.policy.layout import Bucket
 from tamiyo_svc.policy.network import TamiyoNetwork
+from tamiyo_svc.policy.padded import Choice
 from tamiyo_svc.service.settings import Settings
 from tamiyo_svc.taxonomy import CpuEngine, WeightDtype
 
 log = structlog.get_logger("tamiyo.forms")
 
 _FOLDER: Final = "compiled"
+_INDUCTOR: Final = "inductor"
 
 
 def serving_forms(settings: Settings) -> list[Form]:
@@ -31,7 +38,14 @@ def serving_forms(settings: Settings) -> list[Form]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     forms: list[Form] = []
     if device.startswith("cuda"):
-        forms += cuda_forms(device, enable_compile=settings.enable_compile is not False)
+        # Where the next start finds what torch.compile made.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.state_dir / _INDUCTOR))
+        forms += cuda_forms(
+            device,
+            enable_compile=settings.enable_compile is not False,
+            clock=time.perf_counter,
+            report=_log_choices,
+        )
     return [*forms, *_cpu_forms(settings)]
 
 
@@ -62,6 +76,11 @@ def compiled_form(library: Library, dtype: WeightDtype) -> Form:
         return compiled
 
     return Form("cpu", is_compiled=True, build=build)
+
+
+def _log_choices(choices: Mapping[Bucket, Choice]) -> None:
+    for bucket, choice in choices.items():
+        log.info("engine.bucket_chosen", nodes=bucket.nodes, **asdict(choice))
 
 
 def _unavailable(error: CompiledFormUnavailableError) -> Form:

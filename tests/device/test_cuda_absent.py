@@ -16,7 +16,7 @@ from tamiyo_svc.policy.network import NetworkConfig
 def test_without_a_device_both_cuda_forms_are_given_up_for_the_cpu() -> None:
     network = random_network(NetworkConfig(sage_hidden_dim=8, gat_hidden_dim=4), 1)
     graph = random_graph((1, 2, 1, 2, 1, 1), 1.0, 1)
-    engines = Engines([*cuda_forms("cuda", enable_compile=True), EAGER_CPU])
+    engines = Engines([*cuda_forms("cuda", enable_compile=True, clock=lambda: 0.0), EAGER_CPU])
 
     engines.warm_up(network, [[graph]], lambda: 0.0)
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,20 +118,6 @@ def test_mixed_precision_errs_by_bfloat16_and_no_more() -> None:
     for head, values in exact.items():
         assert rounded[head] == pytest.approx(values, abs=0.05)
     assert rounded != exact
-
-
-def test_a_compiled_forward_pass_takes_graphs_of_any_shape() -> None:
-    network = random_network(NetworkConfig(sage_hidden_dim=8, gat_hidden_dim=4), 1)
-    graphs = [random_graph((1, seeds, 2, 2, 2, 2), 1.0, 3) for seeds in (0, 1, 5)]
-    traced = FoldedNetwork(
-        fold_weights(network), compile_forward=partial(torch.compile, backend="eager")
-    )
-
-    with torch.inference_mode():
-        for graph in graphs:
-            expected = fold(network).evaluate([graph])[0]
-            for head, values in traced.evaluate([graph])[0].items():
-                assert values == pytest.approx(expected[head], abs=1e-5)
 
 
 def test_graphs_too_uneven_to_be_padded_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
