@@ -70,7 +70,7 @@ class Choice:
 class _Placed:
     """A batch's layout in a bucket, packed on the device."""
 
-    bucket: int
+    stage: _Stage
     indices: Tensor
     shares: Tensor
     scored: Tensor
@@ -106,21 +106,18 @@ class PaddedNetwork:
         placed = self._place(tuple(graph.topology for graph in graphs))
         if placed is None:
             return self._folded.evaluate(graphs)
-        stage = self._stages[placed.bucket]
-        stage.load(placed, graphs)
-        stage.run()
-        values, deep = stage.results(self._recorder)
+        placed.stage.load(placed, graphs)
+        placed.stage.run()
+        values, deep = placed.stage.results(self._recorder)
         return self._folded.read(values[placed.scored], deep[: len(graphs)], graphs)
 
     def _place(self, topologies: tuple[Topology, ...]) -> _Placed | None:
         if topologies in self._placed:
             self._placed.move_to_end(topologies)
             return self._placed[topologies]
-        placed = None
-        for place, stage in enumerate(self._stages):
-            if stage.bucket.holds(topologies):
-                placed = stage.place(place, topologies)
-                break
+        fitting = (stage for stage in self._stages if stage.bucket.holds(topologies))
+        stage = next(fitting, None)
+        placed = None if stage is None else stage.place(topologies)
         self._placed[topologies] = placed
         if len(self._placed) > _MAX_PLACED:
             self._placed.popitem(last=False)
@@ -175,7 +172,7 @@ class _Stage:
             self.run = recorded
         return Choice(self.run is recorded, direct_ms, recorded_ms)
 
-    def place(self, number: int, topologies: Sequence[Topology]) -> _Placed:
+    def place(self, topologies: Sequence[Topology]) -> _Placed:
         """Lay out a batch that fits."""
         indices, shares = _packed(lay_out(topologies, ATTENDED, self.bucket))
         present = np.sum([topology.counts[:3] for topology in topologies], axis=0)
@@ -184,7 +181,7 @@ class _Stage:
             [start + np.arange(count) for start, count in zip(starts, present, strict=True)]
         )
         return _Placed(
-            number,
+            self,
             indices.to(self._device),
             shares.to(self._device),
             torch.from_numpy(scored),
