@@ -25,11 +25,12 @@ RUN python -m venv /opt/tamiyo \
     && case "${VARIANT}" in cpu) install +cpu || install "" ;; cuda) install "" ;; *) exit 64 ;; esac
 COPY pyproject.toml README.md LICENSE ./
 COPY tamiyo_svc ./tamiyo_svc
-# The network's CPU form is compiled here, so that the image itself needs no compiler.
+# The network's CPU form is compiled here, so that the image for CPUs needs no compiler.
 RUN /opt/tamiyo/bin/pip install -c constraints.txt ".${EXTRAS:+[${EXTRAS}]}" \
     && /opt/tamiyo/bin/tamiyo compile
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
+ARG VARIANT=cpu
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="tamiyo" \
@@ -37,6 +38,13 @@ LABEL org.opencontainers.image.title="tamiyo" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
+# On a GPU torch.compile starts a compiler when the service starts for the first time.
+# hadolint ignore=DL3008
+RUN if [ "${VARIANT}" = cuda ]; then \
+        apt-get update \
+        && apt-get install -y --no-install-recommends g++ \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN groupadd --gid 10001 tamiyo \
     && useradd --uid 10001 --gid tamiyo --no-create-home --home-dir /var/lib/tamiyo tamiyo \
     && install -d -o tamiyo -g tamiyo /var/lib/tamiyo
@@ -46,7 +54,7 @@ ENV PATH=/opt/tamiyo/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     OMP_NUM_THREADS=1 \
-    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
+    TORCHINDUCTOR_CACHE_DIR=/var/lib/tamiyo/inductor \
     TAMIYO_STATE_DIR=/var/lib/tamiyo \
     TAMIYO_LOG_FORMAT=json
 VOLUME /var/lib/tamiyo
