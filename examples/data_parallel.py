@@ -6,6 +6,11 @@ import argparse
 import hashlib
 
 import torch
+
+# Before there is a group: its functions hold the group they find for good, as a default argument,
+# and a group that is held keeps its threads when it is destroyed, which may then abort the process
+# as it ends. DistributedDataParallel imports it too, but only when there is a group.
+import torch.distributed.nn
 from connection import connect
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn

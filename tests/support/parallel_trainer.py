@@ -10,6 +10,9 @@ import json
 import sys
 
 import torch
+
+# Before there is a group, which it would hold for good.
+import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
