@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from tamiyo_svc.client.core import ClientCore
+from tamiyo_svc.client.interpreter import PROMPT_RETURN
 from tamiyo_svc.client.verification import VerifiedCommand
 
 
@@ -41,18 +42,25 @@ class AsyncTamiyoClient(ClientCore):
         deadline_s = self._exchange.begin(step, timeout_s, arrived)
         command = None
         try:
-            while (command := self._exchange.poll()) is None:
-                left_s = deadline_s - self._monotonic()
-                if left_s <= 0.0 or not self._exchange.may_come(step):
-                    break
-                try:
-                    async with asyncio.timeout(left_s):
-                        await changed.wait()
-                except TimeoutError:
-                    continue
-                changed.clear()
+            with PROMPT_RETURN:
+                command = await self._arrival(step, deadline_s, changed)
         finally:
             self._exchange.end(timeout_s, missed=command is None)
+        return command
+
+    async def _arrival(
+        self, step: int, deadline_s: float, changed: asyncio.Event
+    ) -> VerifiedCommand | None:
+        while (command := self._exchange.poll()) is None:
+            left_s = deadline_s - self._monotonic()
+            if left_s <= 0.0 or not self._exchange.may_come(step):
+                break
+            try:
+                async with asyncio.timeout(left_s):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+            changed.clear()
         return command
 
     async def aclose(self) -> None:

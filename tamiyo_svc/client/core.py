@@ -14,6 +14,7 @@ from typing import Any, Final
 from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.drafts import Draft, Origin, PacketDraft, ReportDraft
 from tamiyo_svc.client.exchange import Exchange
+from tamiyo_svc.client.interpreter import PROMPT_RETURN
 from tamiyo_svc.client.packets import State, freeze
 from tamiyo_svc.client.spool import Spool
 from tamiyo_svc.client.transport import Link, Transport, TransportOptions
@@ -261,6 +262,7 @@ _ABANDONED: Final[list[Link | None]] = []
 
 
 def _after_fork_in_child() -> None:
+    PROMPT_RETURN.reset()
     for client in list(_LIVE):
         client._forked()
 

@@ -16,6 +16,7 @@ from typing import Final
 from tamiyo_svc.client.circuit import Circuit
 from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.drafts import Draft, Outgoing, PacketDraft
+from tamiyo_svc.client.interpreter import PROMPT_RETURN
 from tamiyo_svc.client.outbox import Outbox, Posted
 from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.client.verification import CommandRejectedError, CommandVerifier, VerifiedCommand
@@ -207,7 +208,7 @@ class Exchange:
 
     def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None:
         """Block until the command for `step`, the last one posted, is there or time is up."""
-        with self._lock:
+        with PROMPT_RETURN, self._lock:
             deadline_s = self._begin(step, timeout_s)
             while (command := self._taken(step)) is None:
                 left_s = deadline_s - self._monotonic()

@@ -11,12 +11,13 @@ import itertools
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import pytest
 
+from tamiyo_svc.client.aio import AsyncTamiyoClient
 from tamiyo_svc.client.client import TamiyoClient
-from tamiyo_svc.client.core import ClientSettings
+from tamiyo_svc.client.core import ClientCore, ClientSettings
 from tamiyo_svc.client.drafts import Outgoing
 from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.errors import BusError
@@ -29,6 +30,7 @@ KEYRING: Final = Keyring(b"a secret for tests alone")
 LONG_S: Final = 10.0
 """A wait that ends when the answer is there, on however slow a machine."""
 
+_Client = TypeVar("_Client", bound=ClientCore)
 Script = Callable[[leyline.SystemStatePacket], Iterable[leyline.AdaptationCommand]]
 
 
@@ -129,7 +131,25 @@ class FakeService:
         keyring: Keyring | None = None,
     ) -> TamiyoClient:
         """A client of this service; waits up to `LONG_S` unless the settings say otherwise."""
-        return TamiyoClient(
+        return self._make_client(TamiyoClient, run_id, settings, keyring)
+
+    def async_client(
+        self,
+        run_id: str = "run-1",
+        settings: ClientSettings | None = None,
+        keyring: Keyring | None = None,
+    ) -> AsyncTamiyoClient:
+        """The same for asyncio."""
+        return self._make_client(AsyncTamiyoClient, run_id, settings, keyring)
+
+    def _make_client(
+        self,
+        kind: type[_Client],
+        run_id: str,
+        settings: ClientSettings | None,
+        keyring: Keyring | None,
+    ) -> _Client:
+        return kind(
             "redis://nowhere:1/0",
             keyring or self._keyring,
             run_id,

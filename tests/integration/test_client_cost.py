@@ -8,6 +8,8 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +20,10 @@ from torch import nn
 from torch.nn import functional
 
 from tamiyo_svc.client import ClientMode, ClientSettings, State, TamiyoClient
+from tamiyo_svc.client.drafts import PacketDraft
+from tamiyo_svc.client.exchange import Exchange
 from tamiyo_svc.client.testing import KEYRING
+from tamiyo_svc.client.verification import CommandVerifier
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 OUTAGE_PACKETS = 60_000
@@ -26,7 +31,7 @@ OUTAGE_PACKETS = 60_000
 STEPS = 300
 PACE_S = 0.02
 """A trainer's pace; between two steps everything of the client's has gone cold."""
-WAITS = 100
+WAITS = 200
 BUDGET_S = 0.002
 FAULTS = [fault for fault in Fault if fault not in (Fault.GROWS, Fault.SLOWS_DOWN)]
 SEEDS = [
@@ -73,6 +78,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How long something took this thread, in seconds."""
+
+    took_s: float
+    worked_s: float
+    """Processor time of this thread."""
+    elsewhere_s: float
+    """Processor time of the process's other threads, which are the client's."""
+    queued_s: float
+    """Time this thread was ready and its processor was taken."""
+
+    @property
+    def caused_s(self) -> float:
+        """All but the queueing that the client's threads cannot have caused."""
+        return self.took_s - max(0.0, self.queued_s - self.elsewhere_s)
+
+
+@contextmanager
+def span(spans: list[Span]) -> Iterator[None]:
+    """Append what the body took."""
+    queued_s, process_s = _queued_s(), time.process_time()
+    worked_s, started_s = time.thread_time(), time.perf_counter()
+    yield
+    took_s, worked_s = time.perf_counter() - started_s, time.thread_time() - worked_s
+    process_s, queued_s = time.process_time() - process_s, _queued_s() - queued_s
+    spans.append(Span(took_s, worked_s, process_s - worked_s, queued_s))
+
+
+def _queued_s() -> float:
+    return 1e-9 * int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+
+
 @perf
 @pytest.mark.perf
 @pytest.mark.redis
@@ -81,41 +119,66 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_cost_of_a_step(fault: Fault, mode: ClientMode, tmp_path: Path) -> None:
     settings = ClientSettings(mode=mode, spool=tmp_path / "spool.jsonl", close_timeout_s=0.1)
+    added: list[Span] = []
+    waits: list[Span] = []
     with FaultyBus(fault) as bus, TamiyoClient(bus.url, KEYRING, "cost", settings) as client:
-        steps = _train(STEPS + 2 * WAITS)
-        trained_s, added_s, cpu_s, over_s, machine_s = [], [], [], [], []
-        for step, step_s in islice(steps, STEPS):
-            trained_s.append(step_s)
+        steps = _train(STEPS + WAITS)
+        for step in islice(steps, STEPS):
             if step == STEPS // 2:
                 bus.tell("strike")
-            began_s, started_s = time.thread_time(), time.perf_counter()
-            client.poll()
-            client.publish(STATE, step)
-            added_s.append(time.perf_counter() - started_s)
-            cpu_s.append(time.thread_time() - began_s)
-        for step, _ in steps:
-            if step % 2:
-                started_s = time.perf_counter()
+            with span(added):
+                client.poll()
+                client.publish(STATE, step)
+        for step in steps:
+            with span(waits):
                 client.publish(STATE, step)
                 client.wait(step, BUDGET_S)
-                over_s.append(time.perf_counter() - started_s - BUDGET_S)
-            else:
-                started_s = time.perf_counter()
-                threading.Event().wait(BUDGET_S)
-                machine_s.append(time.perf_counter() - started_s - BUDGET_S)
         bus.tell("heal") if fault is Fault.DIES else None
     print(
-        f"\n{fault:14s} {mode:8s} us: added p50 {_us(added_s, 0.5)} p99 {_us(added_s, 0.99)} max "
-        f"{_us(added_s, 1.0)}, processor p99 {_us(cpu_s, 0.99)}; beyond the wait budget max "
-        f"{_us(over_s, 1.0)}, an idle wait max {_us(machine_s, 1.0)}; training p50 "
-        f"{_us(trained_s, 0.5)}"
+        f"\n{fault:14s} {mode:8s} us: added p50 {_us(added, 0.5)} p99 {_us(added, 0.99)} max "
+        f"{_us(added, 1.0)}, by the clock p99 {_us(added, 0.99, 'took_s')}, processor p99 "
+        f"{_us(added, 0.99, 'worked_s')}; a wait of {1e6 * BUDGET_S:.0f} max {_us(waits, 1.0)}, "
+        f"by the clock max {_us(waits, 1.0, 'took_s')}"
     )
-    assert _us(added_s, 0.99) < 200
-    assert _us(over_s, 1.0) < 1000
+    assert _us(added, 0.99) < 200
+    assert _us(waits, 1.0) < 1e6 * BUDGET_S + 1000
 
 
-def _train(steps: int) -> Iterator[tuple[int, float]]:
-    """Steps of a small network, one each `PACE_S`; their number and what each took, in seconds."""
+@perf
+@pytest.mark.perf
+def test_a_wait_ends_in_time_while_another_thread_computes() -> None:
+    computing = threading.Event()
+    computing.set()
+
+    def compute() -> None:
+        while computing.is_set():
+            sum(range(100))
+
+    waits: list[Span] = []
+    thread = threading.Thread(target=compute)
+    thread.start()
+    for step in range(WAITS):
+        # Each of its own, as one that has waited in vain waits no more for a while.
+        exchange = Exchange(
+            CommandVerifier(KEYRING, "run"),
+            max_entries=8,
+            max_bytes=1 << 20,
+            hands_out=True,
+            clock=time.time,
+        )
+        exchange.post(PacketDraft(b"", "packet", step))
+        with span(waits):
+            exchange.wait(step, BUDGET_S)
+    computing.clear()
+    thread.join()
+    print(f"\nbeside a thread that computes, a wait of {1e6 * BUDGET_S:.0f} us: p50 ", end="")
+    print(f"{_us(waits, 0.5)}, max {_us(waits, 1.0)}")
+    # With the interpreter's own interval it is the wait and that, 7 ms.
+    assert _us(waits, 0.5) < 1e6 * BUDGET_S + 1000
+
+
+def _train(steps: int) -> Iterator[int]:
+    """Steps of a small network, one each `PACE_S`, by number."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
     inputs, labels = torch.randn(128, 256), torch.randint(0, 10, (128,))
@@ -123,13 +186,12 @@ def _train(steps: int) -> Iterator[tuple[int, float]]:
     begin_s = time.perf_counter()
     for step in range(steps):
         time.sleep(max(0.0, begin_s + step * PACE_S - time.perf_counter()))
-        started_s = time.perf_counter()
         optimizer.zero_grad()
         functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        yield step, time.perf_counter() - started_s
+        yield step
 
 
-def _us(values_s: list[float], share: float) -> int:
-    ordered = sorted(values_s)
+def _us(spans: list[Span], share: float, of: str = "caused_s") -> int:
+    ordered: list[float] = sorted(getattr(one, of) for one in spans)
     return round(1e6 * ordered[min(int(share * len(ordered)), len(ordered) - 1)])
