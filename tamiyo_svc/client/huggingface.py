@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tamiyo_svc.client.run import RunSettings, StepClient, StepEnd, TamiyoRun, total_norm
+from tamiyo_svc.client.run import RunSettings, StepClient, StepEnd, TamiyoRun
 from tamiyo_svc.client.seeds.bank import SeedBank
 
 
@@ -51,8 +51,7 @@ class TamiyoCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the gradients while they are there."""
-        if self.run.settings.enrich:
-            self._gradient_norm = total_norm(kwargs["model"].parameters())
+        self._gradient_norm = self.run.gradient_norm(kwargs["model"].parameters())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

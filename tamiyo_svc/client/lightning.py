@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tamiyo_svc.client.run import RunSettings, StepClient, StepEnd, TamiyoRun, total_norm
+from tamiyo_svc.client.run import RunSettings, StepClient, StepEnd, TamiyoRun
 from tamiyo_svc.client.seeds.bank import SeedBank
 
 IsolatedLoss = Callable[[LightningModule, Any], Tensor]
@@ -51,8 +51,7 @@ class TamiyoCallback(Callback):  # type: ignore[misc]
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Measure the gradients while they are there."""
-        if self.run.settings.enrich:
-            self._gradient_norm = total_norm(pl_module.parameters())
+        self._gradient_norm = self.run.gradient_norm(pl_module.parameters())
 
     def on_train_batch_end(
         self,

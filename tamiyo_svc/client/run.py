@@ -98,6 +98,7 @@ class TamiyoRun:
             blend_steps=self.settings.blend_steps,
         )
         self._clock = clock
+        self._complaints: set[tuple[str, type[Exception]]] = set()
         self.use_optimizer(optimizer, scheduler)
 
     def __enter__(self) -> Self:
@@ -159,6 +160,17 @@ class TamiyoRun:
         self.meter.end_hook()
         return ended
 
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> float | None:
+        """The norm of all gradients together if it is wanted, there are any and it can be had."""
+        if not self.settings.enrich:
+            return None
+        try:
+            return total_norm(parameters)
+        # There are many kinds of gradients, and training goes on without their norm.
+        except Exception as error:
+            self._complain("measuring gradients", error)
+            return None
+
     def state_dict(self) -> dict[str, Any]:
         """The client's and the seeds' state, for a checkpoint."""
         return {
@@ -189,9 +201,9 @@ class TamiyoRun:
         batch_size: int,
     ) -> dict[str, float]:
         optimizer = self.rate.optimizer
-        if gradient_norm is None and self.settings.enrich and optimizer is not None:
+        if gradient_norm is None and optimizer is not None:
             groups = optimizer.param_groups
-            gradient_norm = total_norm(p for group in groups for p in group["params"])
+            gradient_norm = self.gradient_norm(p for group in groups for p in group["params"])
         return self.meter.observe(
             loss,
             validation_loss=validation_loss,
@@ -212,7 +224,7 @@ class TamiyoRun:
                 reason = ": ".join(part for part in (execution.refusal, execution.gate) if part)
             # A guest's error must not end its host's training; it is reported instead.
             except Exception as error:
-                _LOG.exception("command %s failed", verified.command.command_id)
+                self._complain("applying command", error)
                 execution, reason = PAUSED, f"failed: {error}"
             outcome = AckOutcome.REJECTED if reason else AckOutcome.APPLIED
             ended = StepEnd(verified, outcome, reason)
@@ -225,10 +237,21 @@ class TamiyoRun:
         self.meter.finalize_ms = 1e3 * (self._clock() - applied_s)
         return ended
 
+    def _complain(self, about: str, error: Exception) -> None:
+        """Log each kind of error once, as it may come back with every step."""
+        kind = (about, type(error))
+        if kind not in self._complaints:
+            self._complaints.add(kind)
+            _LOG.error("%s failed, for the first time: %s", about, error, exc_info=error)
+
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> float | None:
     """The norm of all gradients together, None without any; waits for the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [
+        p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+        for p in parameters
+        if p.grad is not None
+    ]
     if not gradients:
         return None
     norms = torch._foreach_norm(gradients)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 
 import torch
 
@@ -20,26 +21,45 @@ from torch.nn.parallel import DistributedDataParallel
 from tamiyo_svc.client import ClientSettings, TamiyoClient
 from tamiyo_svc.client.distributed import RankedClient
 from tamiyo_svc.client.run import RunSettings, TamiyoRun
-from tamiyo_svc.client.seeds import SeedBank
+from tamiyo_svc.client.seeds import SeedBank, residual_mlp
 from tamiyo_svc.client.testing import KEYRING
 
 
-def main(rank: int, store: str, url: str, steps: int, cut_at: int) -> None:
+class Breaking(nn.Module):
+    """A seed that fails after a number of passes."""
+
+    def __init__(self, channels: int, passes: int) -> None:
+        super().__init__()
+        self.inner = residual_mlp(channels)
+        self.passes = passes
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The residual, as long as it lasts."""
+        self.passes -= 1
+        if self.passes == 0:
+            raise RuntimeError("broken")
+        residual: Tensor = self.inner(features)
+        return residual
+
+
+def main(rank: int, store: str, url: str, steps: int, cut_at: int, breaks_at: int) -> None:
     """Train in a group of two, and take it down when nothing holds it any more."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    train(rank, url, steps, cut_at)
+    train(rank, url, steps, cut_at, breaks_at if rank == 1 else 0)
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def train(rank: int, url: str, steps: int, cut_at: int) -> None:
-    """Train; before step `cut_at` rank 0's connections are cut, 0 for never."""
+def train(rank: int, url: str, steps: int, cut_at: int, breaks_at: int) -> None:
+    """Train; before step `cut_at` rank 0's connections are cut, and the seed fails in its pass
+    `breaks_at`; 0 is never.
+    """
     torch.manual_seed(5)
     network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     model = DistributedDataParallel(network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    bank = SeedBank(network)
+    bank = SeedBank(network, {"seed-residual-mlp": partial(Breaking, passes=breaks_at)})
     bank.attach("1")
     own = TamiyoClient(url, KEYRING, "parallel", ClientSettings(max_wait_s=10.0))
     client = RankedClient(own if rank == 0 else None)
@@ -79,4 +99,4 @@ def cut(client: TamiyoClient) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))

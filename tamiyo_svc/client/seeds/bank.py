@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tamiyo_svc.client.seeds.blending import Mixing, Schedule
 from tamiyo_svc.client.seeds.blueprints import BLUEPRINTS, Build
-from tamiyo_svc.client.seeds.lifecycle import JOINED, TRAINING, Seed, describe_seed
+from tamiyo_svc.client.seeds.lifecycle import CULLED, JOINED, TRAINING, Seed, describe_seed
+from tamiyo_svc.client.seeds.ranks import average, average_gradients, is_shared
 from tamiyo_svc.client.seeds.slot import Slot
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import BlendMode
 
+_LOG: Final = logging.getLogger("tamiyo.client")
 _MAX_GRADIENT_NORM: Final = 5.0
 _CARRIED: Final = (
     "stage",
@@ -41,7 +44,8 @@ class SeedBank:
     own backward pass. `model` is the bare network, not its data-parallel wrapper; with
     `torch.distributed` running the seeds' gradients, losses and worth are averaged over all ranks,
     which must give the same `random_seed`. `evaluate` gives the validation loss of the network as
-    it is; without it no gate asks whether a seed helps.
+    it is; without it no gate asks whether a seed helps. A seed that raises an error is taken out
+    again, as if it had been culled.
     """
 
     def __init__(
@@ -86,17 +90,21 @@ class SeedBank:
         self.seeds.clear()
 
     def build(self, seed: Seed, blueprint_id: str) -> nn.Module:
-        """A fresh module for a seed's place; the global random generator is left as it was.
+        """A fresh module, tried in the seed's place; the global random numbers stay as they were.
 
         Raises:
             KeyError: no such blueprint.
-            ValueError: the network has not run yet, so the width of the place is unknown.
+            ValueError: no features have passed the place, or it does not fit them.
+            Exception: whatever the blueprint or its module raises.
         """
-        if not seed.slot.channels:
-            raise ValueError("the network has not run yet")
+        slot = self._slots[seed.index]
+        if not slot.channels:
+            raise ValueError("no tensor has passed this place yet")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._random_seed + seed.index)
-            return self.blueprints[blueprint_id](seed.slot.channels)
+            module = self.blueprints[blueprint_id](slot.channels)
+            slot.check(module)
+        return module
 
     @property
     def wants_isolated_pass(self) -> bool:
@@ -108,18 +116,24 @@ class SeedBank:
         for seed in self.seeds:
             if seed.stage != TRAINING:
                 continue
-            with self._isolated(seed):
-                with torch.enable_grad():
-                    value = loss()
-                if value.requires_grad:
-                    value.backward()  # type: ignore[no-untyped-call]
-            _step(seed, float(value.detach()))
+            reached, failure = math.nan, None
+            try:
+                with self._isolated(seed):
+                    with torch.enable_grad():
+                        value = loss()
+                    if value.requires_grad:
+                        value.backward()  # type: ignore[no-untyped-call]
+                reached = float(value.detach())
+            # A seed's error must not end its host's training.
+            except Exception as error:
+                failure = error
+            _step(seed, reached, failure)
 
     def step(self, loss: float) -> None:
         """Train the seeds that joined the network with the gradients of its backward pass."""
-        for seed in self.seeds:
+        for seed, slot in zip(self.seeds, self._slots, strict=True):
             if seed.stage in JOINED:
-                _step(seed, loss)
+                _step(seed, loss, slot.failure)
 
     def advance(self, *, blend: bool) -> None:
         """Count one training step; while blending, and if `blend`, alphas follow their schedule."""
@@ -139,7 +153,9 @@ class SeedBank:
                 difference = present - self._evaluate()
             finally:
                 slot.isolated = slot.silent = False
-        return _mean_over_ranks(difference, seed)
+        if is_shared():
+            (difference,) = average((difference,), seed.parameters)
+        return difference
 
     def states(
         self, epoch: int, risks: Mapping[str, float] | None = None
@@ -228,39 +244,24 @@ class SeedBank:
                         buffer.copy_(value)
 
 
-def _step(seed: Seed, loss: float) -> None:
+def _step(seed: Seed, loss: float, failure: Exception | None) -> None:
     if seed.optimizer is None:
         return
-    if _shared():
-        _average_gradients(seed.parameters)
-        # A gate must open on all ranks or on none.
-        loss = _mean_over_ranks(loss, seed)
+    failed = failure is not None
+    if is_shared():
+        average_gradients(seed.parameters)
+        # A gate must open on all ranks or on none, and a seed that failed on one leave them all.
+        loss, share = average((loss, float(failed)), seed.parameters)
+        failed = share > 0.0
+    if failed:
+        _LOG.error("seed %s failed and is taken out: %s", seed.seed_id, failure, exc_info=failure)
+        seed.remove(CULLED)
+        return
     norm = float(nn.utils.clip_grad_norm_(seed.parameters, _MAX_GRADIENT_NORM))
     seed.observe(loss, norm)
     if math.isfinite(norm):
         seed.optimizer.step()
     seed.optimizer.zero_grad(set_to_none=True)
-
-
-def _shared() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
-        parameter.grad /= distributed.get_world_size()
-
-
-def _mean_over_ranks(value: float, seed: Seed) -> float:
-    if not _shared():
-        return value
-    device = next((p.device for p in seed.parameters), torch.device("cpu"))
-    total = torch.tensor([value], dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    return float(total) / distributed.get_world_size()
 
 
 def _gradient_mark(parameter: nn.Parameter) -> tuple[int, int]:

@@ -117,12 +117,17 @@ class Seed:
     def germinate(
         self, blueprint_id: str, module: nn.Module, learning_rate: float, epoch: int
     ) -> None:
-        """Plant a module in the slot, without effect on the network."""
-        self.blueprint_id = blueprint_id
-        self.slot.plant(module)
-        self.optimizer = torch.optim.AdamW(
+        """Plant a module in the slot, without effect on the network.
+
+        Raises:
+            ValueError: it has no parameters.
+        """
+        optimizer = torch.optim.AdamW(
             module.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY
         )
+        self.blueprint_id = blueprint_id
+        self.slot.plant(module)
+        self.optimizer = optimizer
         self.germinated_epoch = epoch
         self.enter(GERMINATED)
 

@@ -279,7 +279,7 @@ def test_unusable_names_and_places_are_refused() -> None:
     seed = bank.attach("second")
     with pytest.raises(ValueError, match="seed-0"):
         bank.attach("head", seed_id="seed-0")
-    with pytest.raises(ValueError, match="not run"):
+    with pytest.raises(ValueError, match="passed"):
         bank.build(seed, "alive")
 
 
