@@ -60,7 +60,7 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
     """
     variables = os.environ if environment is None else environment
     try:
-        mode = ClientMode(variables.get("TAMIYO_CLIENT_MODE", ClientMode.ONLINE))
+        mode = ClientMode(variables.get("TAMIYO_CLIENT_MODE") or ClientMode.ONLINE)
     except ValueError:
         modes = ", ".join(ClientMode)
         raise ConfigurationError(f"TAMIYO_CLIENT_MODE must be one of {modes}") from None
@@ -69,15 +69,18 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
         keyring = Keyring(secret, _secret("ESPER_LEYLINE_SECRET_PREVIOUS", variables) or None)
     elif mode is not ClientMode.DISABLED:
         raise ConfigurationError("ESPER_LEYLINE_SECRET is not set; the service holds the same one")
-    stream = variables.get("OONA_NORMAL_STREAM", NORMAL_STREAM)
+    stream = variables.get("OONA_NORMAL_STREAM") or NORMAL_STREAM
     settings = ClientSettings(
         mode=mode,
         stream=stream,
-        report_stream=variables.get("OONA_FIELD_REPORT_STREAM", stream),
+        report_stream=variables.get("OONA_FIELD_REPORT_STREAM") or stream,
         partitions=_partitions(variables),
     )
-    url = variables.get("REDIS_URL", "redis://localhost:6379/0")
-    return TamiyoClient(url, keyring, run_id, settings)
+    url = variables.get("REDIS_URL") or "redis://localhost:6379/0"
+    try:
+        return TamiyoClient(url, keyring, run_id, settings)
+    except ValueError as error:
+        raise ConfigurationError(f"REDIS_URL or the run id: {error}") from None
 
 
 def _partitions(variables: Mapping[str, str]) -> int:

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,9 @@ class ClientSettings:
     entries and `max_queue_bytes`, estimated until they are built. `spool` is the capture file of
     offline mode. `partitions` is the service's OONA_PARTITIONS; the streams are named without
     their tags. `close_timeout_s` is how long closing may take to send what is queued.
+
+    Raises:
+        ValueError: no such mode, or a bound that bounds nothing.
     """
 
     mode: ClientMode = ClientMode.ONLINE
@@ -52,6 +56,15 @@ class ClientSettings:
     spool: Path = Path("tamiyo-spool.jsonl")
     transport: TransportOptions = field(default_factory=TransportOptions)
 
+    def __post_init__(self) -> None:
+        # Names of modes and paths are as good as what they name.
+        object.__setattr__(self, "mode", ClientMode(self.mode))
+        object.__setattr__(self, "spool", Path(self.spool))
+        if self.max_entries < 1 or self.max_queue_bytes < 1:
+            raise ValueError("the queue must hold at least one entry and one byte")
+        if not (self.max_wait_s >= 0.0 and self.close_timeout_s >= 0.0):
+            raise ValueError("max_wait_s and close_timeout_s must be at least 0")
+
 
 class ClientCore:
     """One training run's client, but for its way of waiting; not to be shared between threads.
@@ -62,6 +75,7 @@ class ClientCore:
 
     Raises:
         ValueError: no run id, or a URL or a number of partitions that cannot be one.
+        TypeError: the keyring is none.
     """
 
     def __init__(
@@ -77,6 +91,8 @@ class ClientCore:
     ) -> None:
         if not run_id:
             raise ValueError("a client needs a run id")
+        if not isinstance(keyring, Keyring | None):
+            raise TypeError("a client needs Keyring(secret) or, to sign and verify nothing, None")
         self.settings = settings or ClientSettings()
         self.run_id = run_id
         self._tag = tag_of_run(run_id, self.settings.partitions)
@@ -151,18 +167,21 @@ class ClientCore:
         """
         if not self._enabled:
             return ""
-        packet_id = f"{self.run_id}-{step}-{self._incarnation}"
-        timestamp_ns = int(self._clock() * 1e9)
         try:
-            content = freeze(state)
-        # Whatever the state holds, training goes on.
+            number = index(step)
+            draft = PacketDraft(
+                freeze(state),
+                f"{self.run_id}-{number}-{self._incarnation}",
+                number,
+                int(self._clock() * 1e9),
+                tuple(blueprint_ids),
+                traceparent,
+            )
+        # Whatever these hold, training goes on.
         except Exception as error:
             self._exchange.refuse(step, str(error))
             return ""
-        posted = self._post(
-            PacketDraft(content, packet_id, step, timestamp_ns, tuple(blueprint_ids), traceparent)
-        )
-        return packet_id if posted else ""
+        return draft.packet_id if self._post(draft) else ""
 
     def publish_packet(
         self,

@@ -275,7 +275,7 @@ class Exchange:
         now_s = self._monotonic()
         if (
             step != self._awaited[1]
-            or timeout_s <= 0.0
+            or not timeout_s > 0.0
             or self.reachable is False
             or not self._hands_out
             or not self._patience.allows(now_s)

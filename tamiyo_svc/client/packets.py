@@ -110,7 +110,12 @@ def build_report(
     run_id: str,
     issued_ns: int,
 ) -> leyline.FieldReport:
-    """The field report that says what became of a command."""
+    """The field report that says what became of a command.
+
+    Raises:
+        ValueError: no such outcome.
+    """
+    outcome = AckOutcome(outcome)
     applied = outcome is AckOutcome.APPLIED
     report = leyline.FieldReport(
         version=1,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,14 +16,11 @@ from tamiyo_svc.client import AckOutcome, ClientMode, ClientSettings, State
 from tamiyo_svc.client.capture import read_capture
 from tamiyo_svc.client.client import from_environment
 from tamiyo_svc.client.packets import build_packet, build_report, freeze
-from tamiyo_svc.client.run import RunSettings, TamiyoRun
-from tamiyo_svc.client.seeds import SeedBank
+from tamiyo_svc.client.run import RunSettings
 from tamiyo_svc.client.testing import (
     LONG_S,
     FakeService,
-    make_optimizer_command,
     make_packet,
-    make_seed_command,
     never_answer,
     tamiyo_client,  # noqa: F401  a fixture
     tamiyo_service,  # noqa: F401  a fixture
@@ -114,6 +112,56 @@ def test_whatever_a_state_holds_publishing_does_not_raise() -> None:
     assert (client.counters.unpublished, client.counters.published) == (6, 1)
 
 
+def test_whatever_goes_with_a_state_publishing_does_not_raise() -> None:
+    state, odd = State(training_loss=1.0), cast("Any", 1.5)
+    with FakeService().client() as client:
+        assert client.publish(state, odd) == ""
+        assert client.publish(state, 1, blueprint_ids=odd) == ""
+        assert client.publish(state, 1, blueprint_ids=[odd]) != ""
+        assert client.publish(state, 1, traceparent=odd) != ""
+        assert client.flush(LONG_S)
+        for step in (True, torch.tensor(2), np.int64(3)):
+            client.publish(state, cast("Any", step))
+            assert client.wait(int(step), LONG_S) is not None
+    assert (client.counters.unpublished, client.counters.published) == (4, 3)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.nan])
+def test_a_timeout_that_is_no_time_does_not_wait(timeout_s: float) -> None:
+    with FakeService(never_answer).client() as client:
+        client.publish(State(training_loss=1.0), 1)
+        assert client.wait(1, timeout_s) is None
+    assert client.counters.missed == 1
+
+
+def test_settings_take_the_names_of_modes_and_paths(tmp_path: Path) -> None:
+    named: dict[str, Any] = {"mode": "disabled", "spool": str(tmp_path / "spool.jsonl")}
+    settings = ClientSettings(**named)
+    assert settings.mode is ClientMode.DISABLED
+    assert settings.spool == tmp_path / "spool.jsonl"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "sometimes"},
+        {"max_entries": 0},
+        {"max_queue_bytes": 0},
+        {"max_wait_s": math.nan},
+        {"close_timeout_s": -1.0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        ClientSettings(**wrong)
+
+
+def test_a_secret_that_is_not_in_a_keyring_is_refused() -> None:
+    secret: Any = b"a secret"
+    with pytest.raises(TypeError, match="Keyring"):
+        FakeService().client(keyring=secret)
+
+
 @pytest.mark.parametrize(
     ("outcome", "reason", "notes", "reported"),
     [
@@ -128,6 +176,8 @@ def test_reports_say_what_became_of_a_command(
     report = build_report(command, outcome, reason, run_id="r", issued_ns=7)
     assert (report.report_id, report.notes, report.outcome) == ("fr-ack-c", notes, reported)
     assert (report.command_id, report.training_run_id, report.seed_id) == ("c", "r", "seed-0")
+    named: Any = str(outcome)
+    assert build_report(command, named, reason, run_id="r", issued_ns=7) == report
 
 
 def test_the_environment_names_mode_and_secret() -> None:
@@ -137,6 +187,19 @@ def test_the_environment_names_mode_and_secret() -> None:
         from_environment("r", {})
     with pytest.raises(ConfigurationError, match="online, observe, offline, disabled"):
         from_environment("r", {"TAMIYO_CLIENT_MODE": "sometimes"})
+    with pytest.raises(ConfigurationError, match="REDIS_URL"):
+        from_environment("r", {"ESPER_LEYLINE_SECRET": "a secret", "REDIS_URL": "localhost"})
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    names = (
+        "TAMIYO_CLIENT_MODE", "REDIS_URL", "OONA_NORMAL_STREAM", "OONA_FIELD_REPORT_STREAM",
+        "OONA_PARTITIONS", "ESPER_LEYLINE_SECRET_PREVIOUS",
+    )  # fmt: skip
+    secret = {"ESPER_LEYLINE_SECRET": "a secret"}
+    assert from_environment("r", {**secret, **dict.fromkeys(names, "")}).settings == (
+        from_environment("r", secret).settings
+    )
 
 
 def test_the_environment_names_the_streams_and_a_file_with_the_secret(
@@ -190,60 +253,3 @@ def test_the_fakes_commands_are_verified_like_any_other() -> None:
     with FakeService().client(keyring=Keyring(b"not the secret of the fake")) as client:
         client.publish_packet(make_packet(1))
         assert client.wait(1, 0.05) is None
-
-
-def optimizer() -> torch.optim.Optimizer:
-    return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-
-
-def test_without_waiting_the_command_of_the_step_before_is_applied() -> None:
-    service = FakeService(lambda _: [make_optimizer_command(-0.5)])
-    target = optimizer()
-    with TamiyoRun(service.client(), optimizer=target, settings=RunSettings(wait_s=0.0)) as run:
-        assert run.end_step(1, 1.0).verified is None
-        client: Any = run.client
-        while client._exchange._command is None:
-            pass
-        ended = run.end_step(2, 1.0)
-    assert ended.verified is not None
-    assert ended.verified.step_index == 1
-    assert target.param_groups[0]["lr"] == 0.5
-
-
-def test_a_refused_command_is_reported_with_its_reason() -> None:
-    service = FakeService(lambda _: [make_seed_command("seed-9", leyline.SEED_OP_CULL)])
-    with TamiyoRun(service.client(), settings=WAITING) as run:
-        ended = run.end_step(1, 1.0)
-        assert (ended.outcome, ended.reason) == (AckOutcome.REJECTED, "unknown_seed")
-        assert run.client.flush(LONG_S)  # type: ignore[attr-defined]
-    assert service.reports[0].notes == "rejected: unknown_seed"
-
-
-def test_an_error_while_applying_ends_as_a_rejection() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-
-    def broken(channels: int) -> torch.nn.Module:
-        raise RuntimeError("no memory")
-
-    bank = SeedBank(model, {"broken": broken})
-    bank.attach("0")
-    model(torch.ones(1, 2))
-    command = make_seed_command("seed-0", leyline.SEED_OP_GERMINATE, "broken")
-    service = FakeService(lambda _: [command])
-    with TamiyoRun(service.client(), bank=bank, settings=WAITING) as run:
-        ended = run.end_step(1, 1.0)
-        service.script = never_answer
-    assert (ended.outcome, ended.reason) == (AckOutcome.REJECTED, "failed: no memory")
-    assert bank.seeds[0].stage_name == "DORMANT"
-
-
-def test_a_runs_state_brings_back_client_breaker_and_seeds() -> None:
-    with TamiyoRun(FakeService().client(), settings=WAITING) as run:
-        run.executor.breaker = leyline.CIRCUIT_STATE_OPEN
-        run.end_step(1, 1.0)
-        saved = run.state_dict()
-    with TamiyoRun(FakeService().client(), settings=WAITING) as resumed:
-        resumed.load_state_dict(saved)
-        assert resumed.executor.breaker == leyline.CIRCUIT_STATE_OPEN
-        assert resumed.client.state_dict()["accepted_s"] == saved["client"]["accepted_s"]
-    assert len(saved["client"]["accepted_s"]) == 1
