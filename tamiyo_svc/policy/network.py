@@ -187,6 +187,17 @@ class TamiyoNetwork(nn.Module):
             "blueprint_scores": heads["blueprint_score"](hidden["blueprint"]).squeeze(-1),
         }
 
+    def release(self) -> None:
+        """Free modules and weights one by one; together they would keep the interpreter for
+        milliseconds. The network is of no use then.
+        """
+        modules = list(self.modules())
+        for module in modules:
+            for name, _ in [*module.named_parameters(recurse=False), *module.named_children()]:
+                delattr(module, name)
+        while modules:
+            modules.pop()
+
     def _joined(
         self, output: Mapping[str, Tensor], before: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Final
+from typing import Final, TypeVar
 
 from tamiyo_svc.adapters.policy_store import KeptPolicy, PolicyStore
 from tamiyo_svc.errors import InferenceError, PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.evaluator import Policy, PolicyEvaluator
 from tamiyo_svc.policy.golden import sample_requests
-from tamiyo_svc.service.courtesy import courteous_executor, standing_back
+from tamiyo_svc.service.courtesy import ThreadTurns, courteous_executor
 from tamiyo_svc.taxonomy import PolicyRejection
+
+T = TypeVar("T")
 
 _PROBE_RUNS: Final = 5
 
@@ -25,23 +27,17 @@ class Candidates:
         self,
         store: PolicyStore,
         vocabularies: Vocabularies,
-        make_evaluator: Callable[[Policy], PolicyEvaluator],
-        is_busy: Callable[[], bool],
+        make_evaluator: Callable[[Policy, Callable[[], float]], PolicyEvaluator],
         step_timeout_ms: float,
     ) -> None:
         self._store = store
         self._vocabularies = vocabularies
         self._make_evaluator = make_evaluator
-        self._is_busy = is_busy
         self._step_timeout_ms = step_timeout_ms
         self._retired: list[Policy] = []
         self._closed = False
         self.executor: Executor = courteous_executor("tamiyo-policy")
-
-    def is_awaited(self) -> bool:
-        """Whether a packet waits for its answer."""
-        # At the end what was given up unanswered stays in flight, and nobody waits for it.
-        return not self._closed and self._is_busy()
+        self.turns = ThreadTurns()
 
     async def prepare(self, kept: KeptPolicy) -> Policy:
         """Load, fold, warm up and probe a policy.
@@ -49,7 +45,15 @@ class Candidates:
         Raises:
             PolicyRejectedError: it cannot be loaded, fails, or is too slow at its best.
         """
-        return await asyncio.get_running_loop().run_in_executor(self.executor, self._prepare, kept)
+        return await self.run(lambda: self._prepare(kept))
+
+    def evaluator(self, policy: Policy) -> PolicyEvaluator:
+        """What runs a policy in that thread; its times leave out those of standing back."""
+        return self._make_evaluator(policy, self.turns.clock)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Have something else done in the same thread, after what was asked for before."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     def retire(self, policy: Policy) -> None:
         """Free a policy as soon as the caller has let go of it."""
@@ -59,36 +63,51 @@ class Candidates:
     def close(self) -> None:
         """Take no more work; what still runs is left to its thread."""
         self._closed = True
+        # What was given up unanswered stays in flight, and nobody waits for it.
+        self.turns.close()
         self.executor.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, kept: KeptPolicy) -> Policy:
-        with standing_back(self.is_awaited):
+        with self.turns.standing_back():
             policy = self._store.open(kept, self._vocabularies)
             try:
-                evaluator = self._make_evaluator(policy)
-                evaluator.warm_up()
-                best_ms = _best_inference_ms(evaluator)
-            except InferenceError as error:
-                raise PolicyRejectedError(PolicyRejection.PROBE_FAILED, str(error)) from error
-            if 0 < self._step_timeout_ms < best_ms:
-                raise PolicyRejectedError(
-                    PolicyRejection.PROBE_FAILED,
-                    f"an inference takes {best_ms:.1f} ms, "
-                    f"the budget is {self._step_timeout_ms:g} ms",
-                )
+                self._try(policy)
+            except PolicyRejectedError:
+                policy.network.release()
+                raise
             self._store.give_back(policy)
             return policy
+
+    def _try(self, policy: Policy) -> None:
+        """Warm a policy up and probe it.
+
+        Raises:
+            PolicyRejectedError: it fails, or is too slow at its best.
+        """
+        try:
+            evaluator = self.evaluator(policy)
+            evaluator.warm_up()
+            best_ms = _best_inference_ms(evaluator)
+        except InferenceError as error:
+            raise PolicyRejectedError(PolicyRejection.PROBE_FAILED, str(error)) from error
+        if 0 < self._step_timeout_ms < best_ms:
+            raise PolicyRejectedError(
+                PolicyRejection.PROBE_FAILED,
+                f"an inference takes {best_ms:.1f} ms, the budget is {self._step_timeout_ms:g} ms",
+            )
 
     def _free_soon(self) -> None:
         if not self._closed:
             self.executor.submit(self._free_retired)
 
     def _free_retired(self) -> None:
-        """Drop what is retired: some milliseconds, with the interpreter held."""
-        with standing_back(self.is_awaited):
+        """Drop what is retired."""
+        with self.turns.standing_back():
             while self._retired:
-                self._store.give_back(self._retired[-1])
-                self._retired.pop()
+                policy = self._retired.pop()
+                self._store.give_back(policy)
+                policy.network.release()
+                del policy
 
 
 def _best_inference_ms(evaluator: PolicyEvaluator) -> float:

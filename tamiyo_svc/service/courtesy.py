@@ -13,15 +13,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final
 
 _NICENESS: Final = 5
-_PAUSE_S: Final = 3e-4
-# With packets always in flight the work must still come to an end: it gets a tenth of the time.
+# Whoever waits for the interpreter is woken each time that it is free, be it for a microsecond, and
+# finds it taken again unless it is free for longer than the waking takes, some 0.1 ms.
+_STRETCH_S: Final = 3e-4
+_REST_S: Final = 3e-4
+# With packets always in flight the work must still come to an end.
 _PATIENCE_S: Final = 0.02
 _TURN_S: Final = 0.002
 # A process has caches and page tables to come back to, which is worth a longer turn.
@@ -33,31 +36,59 @@ def courteous_executor(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_be_nice)
 
 
-@contextmanager
-def standing_back(is_busy: Callable[[], bool], patience_s: float = _PATIENCE_S) -> Iterator[None]:
-    """Have this thread wait, at every Python call it makes, while `is_busy()`.
+class ThreadTurns:
+    """Has a thread stand back while packets are in flight; the event loop says when."""
 
-    Whenever it has waited for `patience_s` it goes on for 2 ms all the same.
-    """
-    turn_ends = 0.0
+    def __init__(self, patience_s: float = _PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._is_free = threading.Event()
+        self._is_free.set()
+        self._is_closed = False
+        self._stood_back_s = 0.0
 
-    def hook(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal turn_ends
-        if not is_busy() or (now := time.monotonic()) < turn_ends:
-            return
-        deadline = now + patience_s
-        while is_busy():
-            if time.monotonic() >= deadline:
-                turn_ends = time.monotonic() + _TURN_S
-                return
-            time.sleep(_PAUSE_S)
+    def clock(self) -> float:
+        """Seconds of `perf_counter` but for those in which the thread stood back."""
+        return time.perf_counter() - self._stood_back_s
 
-    before = sys.getprofile()
-    sys.setprofile(hook)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
+    def stand_back(self) -> None:
+        """Have the thread wait; it gets a twentieth of the time until `go_on`."""
+        if not self._is_closed:
+            self._is_free.clear()
+
+    def go_on(self) -> None:
+        """Let the thread run."""
+        self._is_free.set()
+
+    def close(self) -> None:
+        """Let the thread run for good."""
+        self._is_closed = True
+        self.go_on()
+
+    @contextmanager
+    def standing_back(self) -> Iterator[None]:
+        """Have this thread wait for its turns, and rest now and then, at any call it makes."""
+        stretch_ends = turn_ends = 0.0
+
+        def hook(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal stretch_ends, turn_ends
+            began = now = time.perf_counter()
+            if self._is_free.is_set() or now < turn_ends:
+                if now < stretch_ends:
+                    return
+                time.sleep(_REST_S)
+                now = time.perf_counter()
+            if now >= turn_ends and not self._is_free.wait(self._patience_s):
+                turn_ends = time.perf_counter() + _TURN_S
+            now = time.perf_counter()
+            self._stood_back_s += now - began
+            stretch_ends = now + _STRETCH_S
+
+        before = sys.getprofile()
+        sys.setprofile(hook)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
 
 
 class ProcessTurns:
@@ -99,6 +130,12 @@ def yield_processor(process: int) -> None:
     """Have the scheduler prefer us to a process that we started."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, process, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+
+
+def take_idle_time_only() -> None:
+    """Have this process run when nobody else wants to; there may be no way back."""
+    with suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _be_nice() -> None:

@@ -89,11 +89,6 @@ class Intake:
         self.on_busy: Callable[[], None] = lambda: None
         self.on_idle: Callable[[], None] = lambda: None
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether anything read has not ended yet."""
-        return bool(self._in_flight)
-
     async def read(self, consumer: StreamConsumer) -> None:
         """Read until cancelled: what is pending for us first, then what is new."""
         while True:

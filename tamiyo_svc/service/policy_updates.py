@@ -75,14 +75,13 @@ class PolicyUpdates:
         manifest: Manifest,
         serving: Serving,
         lane: DeviceLane[PolicyRequest, Proposal],
-        make_evaluator: Callable[[Policy], PolicyEvaluator],
+        make_evaluator: Callable[[Policy, Callable[[], float]], PolicyEvaluator],
         vocabularies: Vocabularies,
         replica: ReplicaState,
         board: NoticeBoard,
         metrics: Metrics,
         health: BusHealth,
         redis: Redis,
-        is_busy: Callable[[], bool],
         wall_clock_s: Callable[[], float] = time.time,
     ) -> None:
         self._options = options
@@ -90,7 +89,6 @@ class PolicyUpdates:
         self._manifest = manifest
         self._serving = serving
         self._lane = lane
-        self._make_evaluator = make_evaluator
         self._vocabularies = vocabularies
         self._replica = replica
         self._board = board
@@ -98,9 +96,7 @@ class PolicyUpdates:
         self._health = health
         self._redis = redis
         self._wall_clock_s = wall_clock_s
-        self._candidates = Candidates(
-            store, vocabularies, make_evaluator, is_busy, options.step_timeout_ms
-        )
+        self._candidates = Candidates(store, vocabularies, make_evaluator, options.step_timeout_ms)
         self._loader = LoaderProcess(FROM_THE_END if options.pinned else manifest.cursor)
         self._previous: Policy | None = None
         self._probation: Probation | None = None
@@ -123,12 +119,14 @@ class PolicyUpdates:
         self._candidates.close()
 
     def stand_back(self) -> None:
-        """Have the process that examines updates make room for a packet."""
+        """Have all that is done for updates make room for a packet."""
         self._loader.stand_back()
+        self._candidates.turns.stand_back()
 
     def go_on(self) -> None:
         """Have it use the time until the next packet."""
         self._loader.go_on()
+        self._candidates.turns.go_on()
 
     def inference_ended(self, success: bool) -> None:
         """Note how one inference of the serving policy went."""
@@ -166,7 +164,7 @@ class PolicyUpdates:
 
     async def _next_finding(self) -> Finding | None:
         """What a process of its own found in the next entry; None when it read none."""
-        await asyncio.to_thread(self._sweep)
+        await self._candidates.run(self._sweep)
         taken = self._manifest.taken
         return await self._loader.find(
             replace(
@@ -256,9 +254,9 @@ class PolicyUpdates:
 
         if self._shadow is not None:
             self._candidates.retire(self._end_shadow().evaluator.policy)
-        evaluator = self._make_evaluator(policy)
+        evaluator = self._candidates.evaluator(policy)
         self._shadow = Shadow(
-            kept, evaluator, self._candidates.executor, self._candidates.is_awaited, on_report
+            kept, evaluator, self._candidates.executor, self._candidates.turns, on_report
         )
         self._serving.watch = self._shadow.watch
 

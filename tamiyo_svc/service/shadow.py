@@ -12,7 +12,7 @@ from tamiyo_svc.errors import InferenceError
 from tamiyo_svc.policy.evaluator import PolicyEvaluator, PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.risk.events import number
-from tamiyo_svc.service.courtesy import standing_back
+from tamiyo_svc.service.courtesy import ThreadTurns
 
 REPORT_EVERY: Final = 200
 """Compared decisions from one report to the next."""
@@ -32,13 +32,13 @@ class Shadow:
         kept: KeptPolicy,
         evaluator: PolicyEvaluator,
         executor: Executor,
-        is_busy: Callable[[], bool],
+        turns: ThreadTurns,
         on_report: Callable[[dict[str, str]], None],
     ) -> None:
         self.kept = kept
         self.evaluator = evaluator
         self._executor = executor
-        self._is_busy = is_busy
+        self._turns = turns
         self._on_report = on_report
         self._lock = threading.Lock()
         self._waiting = 0
@@ -81,7 +81,7 @@ class Shadow:
             }
 
     def _compare(self, request: PolicyRequest, live: Proposal) -> None:
-        with standing_back(self._is_busy):
+        with self._turns.standing_back():
             (candidate,) = self.evaluator.evaluate([request])
         with self._lock:
             self._waiting -= 1

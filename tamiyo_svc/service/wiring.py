@@ -74,7 +74,7 @@ class _Mind:
     store: PolicyStore
     manifest: Manifest
     serving: Serving
-    make_evaluator: Callable[[Policy], PolicyEvaluator]
+    make_evaluator: Callable[[Policy, Callable[[], float]], PolicyEvaluator]
     replica: ReplicaState
     catalog: UrzaCatalog
     lane: DeviceLane[PolicyRequest, Proposal]
@@ -179,7 +179,6 @@ async def open_service(
             metrics,
             bus.health,
             bus.background,
-            lambda: intake.is_busy,
         )
         intake.on_busy, intake.on_idle = updates.stand_back, updates.go_on
         replica.on_inference = updates.inference_ended
@@ -236,9 +235,11 @@ def _make_mind(settings: Settings, metrics: Metrics, wrap_worker: WrapWorker) ->
     )
     limits = graph_limits(settings)
 
-    def make_evaluator(policy: Policy) -> PolicyEvaluator:
+    def make_evaluator(
+        policy: Policy, clock: Callable[[], float] = time.perf_counter
+    ) -> PolicyEvaluator:
         return PolicyEvaluator(
-            GraphBuilder(limits, vocabularies), policy, settings.cpu_threads, engines=engines
+            GraphBuilder(limits, vocabularies), policy, settings.cpu_threads, clock, engines
         )
 
     keep_warm = KeepWarm(lambda part, parts: engines.touch(serving.policy.network, part, parts))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,12 @@ def test_built_in_networks_adjust_nothing_whatever_they_see(build: type[TamiyoNe
 def test_impossible_sizes_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         NetworkConfig(**sizes)
+
+
+def test_a_network_that_is_released_has_let_go_of_its_weights() -> None:
+    network = TamiyoNetwork(_SMALL)
+    weights = [weakref.ref(weight) for weight in network.parameters()]
+
+    network.release()
+
+    assert [weight() for weight in weights] == [None] * len(weights)

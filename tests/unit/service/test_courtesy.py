@@ -1,62 +1,138 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from tamiyo_svc.service.courtesy import courteous_executor, standing_back
+from tamiyo_svc.service.courtesy import ThreadTurns, courteous_executor
 
 
 def _work() -> int:
     return sum(len(str(number)) for number in range(20))
 
 
-def test_work_waits_while_a_decision_is_made() -> None:
-    busy = threading.Event()
-    busy.set()
-    asked = threading.Event()
-    done = threading.Event()
-
-    def is_busy() -> bool:
-        asked.set()
-        return busy.is_set()
-
-    def run() -> None:
-        with standing_back(is_busy, patience_s=60):
-            _work()
-        done.set()
-
+@contextmanager
+def _thread(run: Callable[[], object]) -> Iterator[threading.Thread]:
     thread = threading.Thread(target=run)
     thread.start()
-    assert asked.wait(10)
-    assert not done.is_set()
-    busy.clear()
-    assert done.wait(10)
-    thread.join()
+    try:
+        yield thread
+    finally:
+        thread.join(10)
 
 
-def test_work_comes_to_an_end_although_decisions_never_do() -> None:
-    with standing_back(lambda: True, patience_s=0.001):
-        assert [_work() for _ in range(2000)] == [30] * 2000
+def _is_waiting(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code is not threading.Event.wait.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _await_waiting(thread: threading.Thread) -> None:
+    deadline = time.monotonic() + 10
+    while not _is_waiting(thread):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def _standing_back(turns: ThreadTurns) -> None:
+    with turns.standing_back():
+        _work()
+
+
+def test_work_waits_while_a_packet_is_in_flight() -> None:
+    turns = ThreadTurns(patience_s=60)
+    turns.stand_back()
+    with _thread(lambda: _standing_back(turns)) as thread:
+        _await_waiting(thread)
+        turns.go_on()
+        thread.join(10)
+
+        assert not thread.is_alive()
+
+
+def test_work_comes_to_an_end_although_packets_never_do() -> None:
+    turns = ThreadTurns(patience_s=0.001)
+    turns.stand_back()
+    with turns.standing_back():
+        assert [_work() for _ in range(500)] == [30] * 500
+
+
+def test_nothing_waits_once_closed() -> None:
+    turns = ThreadTurns(patience_s=60)
+    turns.stand_back()
+    with _thread(lambda: _standing_back(turns)) as thread:
+        _await_waiting(thread)
+        turns.close()
+        turns.stand_back()
+        thread.join(10)
+
+        assert not thread.is_alive()
+    _standing_back(turns)
+
+
+def test_others_get_the_interpreter_without_asking_for_it() -> None:
+    turns = ThreadTurns()
+    has_begun = threading.Event()
+    steps = 0
+
+    def run() -> None:
+        nonlocal steps
+        with turns.standing_back():
+            has_begun.set()
+            while steps < 20_000:
+                _work()
+                steps += 1
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        with _thread(run):
+            assert has_begun.wait(10)
+            seen = steps
+    finally:
+        sys.setswitchinterval(interval_s)
+
+    assert seen < 10_000
+
+
+def test_standing_back_is_not_counted_as_work() -> None:
+    turns = ThreadTurns(patience_s=0.001)
+    turns.stand_back()
+    with turns.standing_back():
+        before_s, worked_before_s = time.perf_counter(), turns.clock()
+        for _ in range(500):
+            _work()
+        worked_s, took_s = turns.clock() - worked_before_s, time.perf_counter() - before_s
+
+    assert 0 < worked_s < took_s
 
 
 def test_nothing_waits_after_the_block() -> None:
-    asked = 0
-
-    def is_busy() -> bool:
-        nonlocal asked
-        asked += 1
-        return False
-
-    with pytest.raises(ZeroDivisionError), standing_back(is_busy):
+    turns = ThreadTurns(patience_s=60)
+    with pytest.raises(ZeroDivisionError), turns.standing_back():
         print(1 // 0)
-    before = asked
+    turns.stand_back()
     _work()
 
-    assert asked == before
     assert sys.getprofile() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such class")
+def test_a_process_can_be_left_with_what_nobody_else_wants() -> None:
+    code = (
+        "import os; from tamiyo_svc.service.courtesy import take_idle_time_only;"
+        "take_idle_time_only(); print(os.sched_getscheduler(0))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+    assert int(answer.stdout) == os.SCHED_IDLE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
