@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import resource
 import signal
 import sys
 import threading
@@ -40,6 +39,8 @@ from tamiyo_svc.leyline.envelope import (
     parse_payload,
 )
 from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.service.courtesy import take_idle_time_only
+from tamiyo_svc.service.loader_memory import bound_memory, keep_freed_memory
 from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction
 
 MAX_UPDATE_BYTES: Final = 256 << 20
@@ -51,9 +52,6 @@ BUS_EXIT: Final = 3
 _BLOCK_MS: Final = 5_000
 # An update is held about so many times over while it is read and examined.
 _COPIES: Final = 6
-_MAX_DATA_BYTES: Final = 6 << 30
-# Where a container finds its memory limit (cgroups, version 2).
-_CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 # The signature and the names of the fields.
 _FRAME_BYTES: Final = 1024
 _REASONS: Final = {
@@ -152,7 +150,7 @@ def main() -> int:
     threading.Thread(
         target=_follow_parent, args=(requests,), name="follow-parent", daemon=True
     ).start()
-    _bound_memory()
+    bound_memory()
     while True:
         request = LoaderRequest.from_json(requests.get())
         try:
@@ -178,9 +176,12 @@ def _examine_apart(entry: Entry, request: LoaderRequest) -> None:
     if child == 0:
         code = 1
         try:
+            keep_freed_memory()
             _say({"kind": "finding", **asdict(examine(entry, request))})
             code = 0
         finally:
+            # What it leaves to free takes the kernel 30 ms, and nobody waits for that.
+            take_idle_time_only()
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
@@ -313,27 +314,6 @@ def _follow_parent(requests: queue.SimpleQueue[str]) -> None:
     if os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)  # with the child, if there is one
     os._exit(1)
-
-
-def data_limit_bytes(hard: int, container: str) -> int:
-    """Private memory this process may take.
-
-    `hard` is what `getrlimit` gives; `container` is the memory limit as cgroups write it, empty if
-    there is none. Half of that is left to the service: at the limit of a container the kernel ends
-    all of its processes.
-    """
-    limits = [_MAX_DATA_BYTES]
-    if hard != resource.RLIM_INFINITY:
-        limits.append(hard)
-    if container.strip().isdecimal():
-        limits.append(int(container) // 2)
-    return min(limits)
-
-
-def _bound_memory() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    container = _CONTAINER_LIMIT.read_text() if _CONTAINER_LIMIT.is_file() else ""
-    resource.setrlimit(resource.RLIMIT_DATA, (data_limit_bytes(hard, container), hard))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -75,6 +76,15 @@ def test_weights_take_no_memory_once_given_back_and_can_still_be_read(tmp_path: 
     store.give_back(policy)
     assert resident_kb() == 0
     assert weights_digest(policy.network) == kept.digest
+
+
+def test_a_checkpoint_of_many_parts_is_written_whole(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    data = os.urandom((5 << 19) + 1)
+
+    name = store.write("digest", data)
+
+    assert (store.folder / name).read_bytes() == data
 
 
 def test_files_that_nothing_names_are_swept(tmp_path: Path) -> None:

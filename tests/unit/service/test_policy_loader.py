@@ -27,7 +27,7 @@ from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.checkpoint import write_policy
 from tamiyo_svc.policy.evaluator import PolicyEvaluator
 from tamiyo_svc.policy.golden import record_golden, sample_requests
-from tamiyo_svc.service.policy_loader import Finding, LoaderRequest, data_limit_bytes, examine
+from tamiyo_svc.service.policy_loader import Finding, LoaderRequest, examine
 
 KEYRING = Keyring(SECRET.encode())
 # The update is issued now; the entry arrives at the same time.
@@ -205,25 +205,6 @@ def test_a_zip_bomb_is_refused_without_being_unpacked(request_: LoaderRequest) -
     assert finding.reason == "invalid_payload"
     assert "compressed" in finding.detail
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
-
-
-GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("hard", "container", "limit"),
-    [
-        (resource.RLIM_INFINITY, "", 6 * GIB),
-        (resource.RLIM_INFINITY, "max\n", 6 * GIB),
-        (resource.RLIM_INFINITY, f"{2 * GIB}\n", GIB),
-        (GIB // 2, f"{2 * GIB}\n", GIB // 2),
-        (resource.RLIM_INFINITY, f"{64 * GIB}\n", 6 * GIB),
-    ],
-)
-def test_the_loader_leaves_half_of_a_container_to_the_service(
-    hard: int, container: str, limit: int
-) -> None:
-    assert data_limit_bytes(hard, container) == limit
 
 
 @pytest.mark.parametrize("length", [5 << 20, 1 << 32, 2**63, 2**64 - 1])
