@@ -66,11 +66,11 @@ class TamiyoCallback(Callback):  # type: ignore[misc]
         if step == self._last_step:
             return
         self._last_step = step
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         isolated = self._isolated_loss
         ended = self.run.end_step(
             step,
-            float(loss) if loss is not None else float("nan"),
+            None if loss is None else float(loss),
             epoch=trainer.current_epoch + 1,
             validation_loss=self._validation_loss(trainer),
             gradient_norm=self._gradient_norm,

@@ -98,6 +98,7 @@ class TamiyoRun:
             blend_steps=self.settings.blend_steps,
         )
         self._clock = clock
+        self._loss_missed = False
         self._complaints: set[tuple[str, type[Exception]]] = set()
         self.use_optimizer(optimizer, scheduler)
 
@@ -122,7 +123,7 @@ class TamiyoRun:
     def end_step(
         self,
         step: int,
-        loss: float | Tensor,
+        loss: float | Tensor | None,
         *,
         epoch: int = 1,
         validation_loss: float | None = None,
@@ -136,8 +137,14 @@ class TamiyoRun:
 
         `gradient_norm` is measured if the gradients are still there and none is given; `metrics`
         are added to those measured; `isolated_loss` is a pass of this batch through the bare
-        network, called only while a seed trains in isolation.
+        network, called only while a seed trains in isolation. A step whose loss is None, because
+        it was skipped or its loss cannot be seen, is left out, the first time with a warning.
         """
+        if loss is None:
+            if not self._loss_missed:
+                _LOG.warning("step %d is left out, as are others without a loss", step)
+            self._loss_missed = True
+            return StepEnd()
         self.meter.begin_hook()
         loss = float(loss.detach()) if isinstance(loss, Tensor) else loss
         self._train_seeds(loss, isolated_loss)

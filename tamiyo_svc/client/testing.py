@@ -8,6 +8,7 @@ a real bus; only the bus is missing.
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,6 +123,8 @@ class FakeService:
         self.packets: list[leyline.SystemStatePacket] = []
         self.reports: list[leyline.FieldReport] = []
         self._keyring = keyring
+        # A resumed run refuses the commands it had before, from whatever service.
+        self._name = f"command-{os.urandom(4).hex()}"
         self._numbers = itertools.count(1)
 
     def client(
@@ -173,7 +176,7 @@ class FakeService:
     ) -> dict[bytes, bytes]:
         """Complete, sign and seal a command for a packet."""
         answer = leyline.AdaptationCommand(
-            version=1, command_id=f"command-{next(self._numbers)}", issued_by="tamiyo"
+            version=1, command_id=f"{self._name}-{next(self._numbers)}", issued_by="tamiyo"
         )
         answer.issued_at.FromNanoseconds(time.time_ns())
         answer.annotations.update(

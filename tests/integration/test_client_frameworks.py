@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tamiyo_svc.client import AckOutcome, ClientSettings, TamiyoClient
 from tamiyo_svc.client.run import RunSettings, StepEnd
-from tamiyo_svc.client.testing import KEYRING
+from tamiyo_svc.client.testing import KEYRING, FakeService, make_optimizer_command
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.taxonomy import CommandRejection
 
 # What the frameworks themselves warn of is theirs.
 pytestmark = [pytest.mark.redis, pytest.mark.filterwarnings("ignore")]
@@ -45,7 +47,15 @@ def make_client(bus: FaultyBus, run_id: str) -> TamiyoClient:
     return TamiyoClient(bus.url, KEYRING, run_id, ClientSettings(max_wait_s=LONG_S))
 
 
-def lightning_fit(client: TamiyoClient, folder: Path, **options: Any) -> tuple[Any, list[StepEnd]]:
+def lightning_fit(
+    client: TamiyoClient,
+    folder: Path,
+    *,
+    steps: int = STEPS,
+    skipped: Collection[int] = (),
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> tuple[Any, list[StepEnd]]:
     lightning = pytest.importorskip("lightning.pytorch")
     from tamiyo_svc.client.lightning import TamiyoCallback
 
@@ -54,7 +64,9 @@ def lightning_fit(client: TamiyoClient, folder: Path, **options: Any) -> tuple[A
             super().__init__()
             self.net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+            if batch_idx in skipped:
+                return None
             return functional.cross_entropy(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self) -> Any:
@@ -70,7 +82,7 @@ def lightning_fit(client: TamiyoClient, folder: Path, **options: Any) -> tuple[A
     ended: list[StepEnd] = []
     callback = TamiyoCallback(client, settings=WAITING, on_step=lambda step, end: ended.append(end))
     trainer = lightning.Trainer(
-        max_steps=STEPS,
+        max_steps=steps,
         accelerator="cpu",
         devices=1,
         callbacks=[callback],
@@ -80,7 +92,7 @@ def lightning_fit(client: TamiyoClient, folder: Path, **options: Any) -> tuple[A
         default_root_dir=folder,
         **options,
     )
-    trainer.fit(Classifier(), DataLoader(data, batch_size=64))
+    trainer.fit(Classifier(), DataLoader(data, batch_size=64), ckpt_path=checkpoint)
     return trainer, ended
 
 
@@ -114,7 +126,41 @@ def test_lightning_checkpoints_carry_the_clients_state(bus: FaultyBus, tmp_path:
     assert len(state["client"]["accepted_s"]) == STEPS
 
 
-def test_the_transformers_trainer_applies_commands(bus: FaultyBus, tmp_path: Path) -> None:
+def test_a_run_resumed_by_lightning_goes_on_and_refuses_the_commands_it_had(
+    tmp_path: Path,
+) -> None:
+    service = FakeService(lambda _: [make_optimizer_command(-0.1)])
+    saved = tmp_path / "saved.ckpt"
+    trainer, ended = lightning_fit(service.client(), tmp_path)
+    trainer.save_checkpoint(saved)
+    assert ended[0].verified is not None
+    had = ended[0].verified.command.command_id
+    first = STEPS + 1
+
+    def replay(packet: leyline.SystemStatePacket) -> Iterator[leyline.AdaptationCommand]:
+        if packet.global_step == first:
+            yield leyline.AdaptationCommand(command_id=had)
+        yield make_optimizer_command(-0.1)
+
+    service.script = replay
+    client = service.client()
+    _, ended = lightning_fit(client, tmp_path, steps=STEPS + 3, checkpoint=saved)
+    assert [end.outcome for end in ended] == [AckOutcome.APPLIED] * 3
+    assert [packet.global_step for packet in service.packets[STEPS:]] == [13, 14, 15]
+    assert client.counters.rejected == {CommandRejection.REPLAYED: 1}
+
+
+def test_lightning_steps_that_were_skipped_are_left_out(tmp_path: Path) -> None:
+    service = FakeService()
+    _, ended = lightning_fit(service.client(), tmp_path, skipped={3, 4}, enable_checkpointing=False)
+    assert [end.verified is None for end in ended] == [step in (4, 5) for step in range(1, 13)]
+    assert [packet.global_step for packet in service.packets] == [1, 2, 3, *range(6, 13)]
+
+
+def transformers_train(
+    client: TamiyoClient, folder: Path, **options: Any
+) -> tuple[Any, list[StepEnd]]:
+    """Train a tiny language model; its callback and how its steps ended."""
     transformers = pytest.importorskip("transformers")
     from tamiyo_svc.client.huggingface import TamiyoCallback
 
@@ -124,17 +170,14 @@ def test_the_transformers_trainer_applies_commands(bus: FaultyBus, tmp_path: Pat
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=17, n_positions=64, n_embd=16, n_layer=1, n_head=2,
-            bos_token_id=0, eos_token_id=0,
+            bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
         )
     )  # fmt: skip
-    client = make_client(bus, "transformers")
     ended: list[StepEnd] = []
     callback = TamiyoCallback(client, settings=WAITING, on_step=lambda step, end: ended.append(end))
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=STEPS,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         optim="adamw_torch",
@@ -144,10 +187,41 @@ def test_the_transformers_trainer_applies_commands(bus: FaultyBus, tmp_path: Pat
         logging_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **{"per_device_train_batch_size": 8, **options},
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
-    trainer.train()
+    transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert not model._forward_hooks
+    return callback, ended
+
+
+def test_the_transformers_trainer_applies_commands(bus: FaultyBus, tmp_path: Path) -> None:
+    client = make_client(bus, "transformers")
+    callback, ended = transformers_train(client, tmp_path, gradient_accumulation_steps=2)
     assert [end.outcome for end in ended] == [AckOutcome.APPLIED] * STEPS
     assert [end.verified.step_index for end in ended if end.verified] == [*range(1, STEPS + 1)]
     assert callback.run.rate.learning_rate == pytest.approx(1e-2 * 0.9**STEPS)
-    assert not model._forward_hooks
+
+
+def test_a_transformers_steps_loss_is_the_same_in_one_batch_and_in_several(tmp_path: Path) -> None:
+    losses = []
+    for size, times in ((16, 1), (4, 4)):
+        service = FakeService()
+        transformers_train(
+            service.client(),
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=times,
+        )
+        losses.append([packet.training_loss for packet in service.packets])
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_transformers_steps_whose_loss_cannot_be_seen_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = FakeService()
+    _, ended = transformers_train(service.client(), tmp_path, label_smoothing_factor=0.1)
+    assert service.packets == []
+    assert ended == [StepEnd()] * STEPS
+    assert caplog.text.count("without a loss") == 1
