@@ -99,12 +99,17 @@ class Span:
 @contextmanager
 def span(spans: list[Span]) -> Iterator[None]:
     """Append what the body took."""
-    queued_s, process_s = _queued_s(), time.process_time()
+    # Outermost what is charged to the client, so that no queueing counts which it may have caused.
+    elsewhere_s, queued_s = _elsewhere_s(), _queued_s()
     worked_s, started_s = time.thread_time(), time.perf_counter()
     yield
     took_s, worked_s = time.perf_counter() - started_s, time.thread_time() - worked_s
-    process_s, queued_s = time.process_time() - process_s, _queued_s() - queued_s
-    spans.append(Span(took_s, worked_s, process_s - worked_s, queued_s))
+    queued_s = _queued_s() - queued_s
+    spans.append(Span(took_s, worked_s, _elsewhere_s() - elsewhere_s, queued_s))
+
+
+def _elsewhere_s() -> float:
+    return time.process_time() - time.thread_time()
 
 
 def _queued_s() -> float:
