@@ -27,7 +27,7 @@ class LoaderProcess:
     `position` is how far it knows the stream to be read, `is_first` whether it has yet to look
     where the stream begins. Until it first waits for an update it runs like any process: a starting
     service waits for it. From then on it yields the processor to the service and, while it
-    examines an update, stands still whenever a packet is in flight.
+    reads and examines an update, stands still whenever a packet is in flight.
     """
 
     def __init__(self, position: str) -> None:
@@ -70,8 +70,7 @@ class LoaderProcess:
             try:
                 finding = await self._listen(process)
             finally:
-                self.go_on()
-                self._turns = None
+                self._end_turns()
         except (OSError, ValueError):
             await self.close()
             raise
@@ -94,6 +93,14 @@ class LoaderProcess:
         # Reads to the end of its output as well, so that no pipe stays open.
         await process.communicate()
         self._starting, self._has_loaded, self._yields = None, False, False
+
+    def _take_turns(self, process: asyncio.subprocess.Process) -> None:
+        if self._yields and self._turns is None:
+            self._turns = ProcessTurns(process.pid)
+
+    def _end_turns(self) -> None:
+        self.go_on()
+        self._turns = None
 
     @staticmethod
     async def _start() -> asyncio.subprocess.Process:
@@ -131,6 +138,7 @@ class LoaderProcess:
             match answer.pop("kind"):
                 case "waiting":
                     self.position, self.is_first = answer["after"], False
+                    self._end_turns()
                     if self._has_loaded:
                         # It keeps half a gigabyte, which a new one does not.
                         return None
@@ -138,11 +146,12 @@ class LoaderProcess:
                     if not self._yields:
                         yield_processor(process.pid)
                         self._yields = True
+                case "coming":
+                    self._take_turns(process)
                 case "reading":
                     entry_id, timeout_s = answer["entry_id"], _EXAMINE_TIMEOUT_S
                     self._has_loaded = self._has_loaded or not answer["is_apart"]
-                    if self._yields:
-                        self._turns = ProcessTurns(process.pid)
+                    self._take_turns(process)
                 case "finding":
                     return Finding(**answer)
                 case _:

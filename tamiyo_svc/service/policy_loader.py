@@ -24,6 +24,7 @@ from redis import Redis
 
 from tamiyo_svc.adapters.oona.entries import Entry
 from tamiyo_svc.adapters.oona.policy_stream import (
+    await_next,
     measure_next,
     open_stream,
     read_next,
@@ -211,13 +212,15 @@ def _next_entry(redis: Redis, request: LoaderRequest) -> tuple[Entry | Finding, 
         except MemoryError:
             detail = f"the entry has {size} bytes, which do not fit in memory"
             return _refused(Finding(entry_id), PolicyRejection.PAYLOAD_TOO_LARGE, detail), False
-        entry = read_next(redis, request.stream, after, None)
+        entry = read_next(redis, request.stream, after)
         # It may have been trimmed meanwhile.
         return entry or Finding(entry_id, ignored=True), False
-    _say({"kind": "waiting", "after": after})
     entry = None
     while entry is None:
-        entry = read_next(redis, request.stream, after, _BLOCK_MS)
+        _say({"kind": "waiting", "after": after})
+        entry = await_next(
+            redis, request.stream, after, _BLOCK_MS, lambda: _say({"kind": "coming"})
+        )
     _say({"kind": "reading", "entry_id": entry.entry_id, "is_apart": True})
     return entry, True
 

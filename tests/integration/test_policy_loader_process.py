@@ -13,7 +13,8 @@ import pytest
 from redis import Redis
 from support.bus import SECRET
 
-from tamiyo_svc.adapters.oona.policy_stream import measure_next
+from tamiyo_svc.adapters.oona.policy_stream import await_next, measure_next, open_stream
+from tamiyo_svc.errors import BusError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.service.loader_process import LoaderProcess
 from tamiyo_svc.service.policy_loader import LoaderRequest
@@ -51,6 +52,26 @@ def test_an_entry_is_measured_where_it_lies(redis_url: str) -> None:
         entry_id = add(redis_url, 100)
         assert measure_next(redis, STREAM, "0") == (entry_id, 100 + len("payloadsignaturenone"))
         assert measure_next(redis, STREAM, entry_id) is None
+
+
+def test_who_waits_for_an_entry_hears_of_it_before_it_is_read(redis_url: str) -> None:
+    heard: list[str] = []
+    with open_stream(redis_url) as redis:
+        assert await_next(redis, STREAM, "0", 1, lambda: heard.append("nothing")) is None
+        entry_id = add(redis_url, 8 * MIB)
+        entry = await_next(redis, STREAM, "0", 1, lambda: heard.append("coming"))
+
+    assert entry is not None
+    assert (entry.entry_id, len(entry.fields[b"payload"])) == (entry_id, 8 * MIB)
+    assert heard == ["nothing", "coming"]
+
+
+def test_who_waits_while_redis_goes_away_is_told(tmp_path: Path) -> None:
+    with (
+        open_stream(f"unix://{tmp_path}/no.sock") as redis,
+        pytest.raises(BusError, match=r"oona\.policy"),
+    ):
+        await_next(redis, STREAM, "0", 1, lambda: None)
 
 
 async def test_an_entry_that_is_too_large_is_refused_unread_and_the_next_one_is_looked_at(

@@ -7,7 +7,7 @@ milliseconds, so a separate process reads it; the clients here are synchronous.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -73,14 +73,41 @@ def open_stream(redis_url: str) -> Redis:
     )
 
 
-def read_next(redis: Redis, stream: str, after: str, block_ms: int | None) -> Entry | None:
-    """The entry after an id, waiting up to `block_ms` for it; None does not wait.
+def read_next(redis: Redis, stream: str, after: str) -> Entry | None:
+    """The entry after an id, if there is one.
 
     Raises:
         BusError: Redis did not answer.
     """
     try:
-        reply = redis.xread({stream: after}, count=1, block=block_ms)
+        reply = redis.xread({stream: after}, count=1)
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"{stream}: {error!r}") from error
+    return next(read_entries(reply), None)
+
+
+def await_next(
+    redis: Redis, stream: str, after: str, block_ms: int, on_coming: Callable[[], None]
+) -> Entry | None:
+    """The entry after an id, waiting up to `block_ms` for it.
+
+    `on_coming` is called when the first bytes of an answer are there, and most of it is not.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    client: Any = redis
+    try:
+        connection = client.connection_pool.get_connection()
+        try:
+            connection.send_command(
+                *("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", stream, after)
+            )
+            if connection.can_read(timeout=_READ_TIMEOUT_S):
+                on_coming()
+            reply = client.parse_response(connection, "XREAD")
+        finally:
+            client.connection_pool.release(connection)
     except (*OUTAGE_ERRORS, RedisError) as error:
         raise BusError(f"{stream}: {error!r}") from error
     return next(read_entries(reply), None)
