@@ -18,8 +18,10 @@ from typing import Any, Final
 import torch
 from google.protobuf.message import DecodeError
 from redis import Redis
+from redis.exceptions import RedisError
 from rich.table import Table
 
+from tamiyo_svc.adapters.oona.connection import OUTAGE_ERRORS
 from tamiyo_svc.adapters.oona.entries import read_entries
 from tamiyo_svc.adapters.oona.policy_stream import (
     ReplicaStatus,
@@ -28,8 +30,7 @@ from tamiyo_svc.adapters.oona.policy_stream import (
     publish_update,
     read_statuses,
 )
-from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
-from tamiyo_svc.errors import ConfigurationError, PolicyRejectedError
+from tamiyo_svc.errors import BusError, ConfigurationError, PolicyRejectedError
 from tamiyo_svc.graph.builder import GraphBuilder, GraphLimits
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.leyline import leyline_pb2 as leyline
@@ -127,7 +128,7 @@ def verify(path: Path, vocabularies: Vocabularies) -> Policy:
         ConfigurationError: it cannot be read.
         PolicyRejectedError: a service would refuse it.
     """
-    checkpoint = _read(path, vocabularies)
+    checkpoint = read(path, vocabularies)
     policy = checkpoint.build()
     evaluator = _evaluator(policy, vocabularies)
     replay_golden(evaluator, [(sample, {}) for sample in sample_requests()])
@@ -135,13 +136,17 @@ def verify(path: Path, vocabularies: Vocabularies) -> Policy:
     return policy
 
 
-def diff(first: Path, second: Path, vocabularies: Vocabularies) -> dict[str, Any]:
-    """How two checkpoints differ: metadata, and per weight the largest difference.
+def read(path: Path, vocabularies: Vocabularies) -> Checkpoint:
+    """A checkpoint from a file.
 
     Raises:
         ConfigurationError, PolicyRejectedError: as for `verify`.
     """
-    one, other = _read(first, vocabularies), _read(second, vocabularies)
+    return read_checkpoint(read_payload(path), vocabularies)
+
+
+def diff(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+    """How two checkpoints differ: metadata, and per weight the largest difference."""
     metadata = {
         key: [one.metadata.get(key), other.metadata.get(key)]
         for key in sorted(one.metadata.keys() | other.metadata.keys())
@@ -172,7 +177,7 @@ def pack(
         PolicyRejectedError: the checkpoint is refused.
         InferenceError: it fails on one of the packets.
     """
-    policy = _read(path, vocabularies).build(policy_id or "", version or "")
+    policy = read(path, vocabularies).build(policy_id or "", version or "")
     requests = sample_requests() if packets is None else list(_read_packets(packets))
     golden = record_golden(_evaluator(policy, vocabularies), requests)
     _write_new(out, write_policy(policy, vocabularies, _now_text(), golden))
@@ -197,7 +202,7 @@ def publish(
 
     Raises:
         ConfigurationError: no secret, or the update is too large.
-        BusError: Redis did not take it.
+        BusError: Redis did not take it, or was lost while the answers were awaited.
     """
     keyring = settings.keyring()
     update = leyline.PolicyUpdate(
@@ -288,24 +293,14 @@ def read_payload(path: Path) -> bytes:
         raise _unreadable(path, error) from None
 
 
-def vocabularies_for(settings: Settings, path: Path | None) -> Vocabularies:
-    """Those of the service's state folder, or of the file that a checkpoint came with.
-
-    Raises:
-        ConfigurationError: they cannot be read.
-    """
-    if path is None:
-        return load_vocabularies(settings.state_dir)
-    metadata, _ = _header(path)
-    snapshot = metadata.get("vocabularies")
-    return Vocabularies(snapshot) if isinstance(snapshot, dict) else Vocabularies()
-
-
 def _answers(
     redis: Redis, streams: dict[str, str], keyring: Keyring | None, digest: str, accepted: Event
 ) -> Iterator[Answer]:
     """Answers to one update among the telemetry that came since the last call."""
-    reply: Any = redis.xread(dict(streams.items()), count=100, block=_POLL_MS)
+    try:
+        reply: Any = redis.xread(dict(streams.items()), count=100, block=_POLL_MS)
+    except (*OUTAGE_ERRORS, RedisError) as error:
+        raise BusError(f"the update is published, its answers are not heard: {error!r}") from error
     for entry in read_entries(reply):
         streams[entry.stream] = entry.entry_id
         try:
@@ -326,20 +321,6 @@ def _answers(
             elif event.description == Event.POLICY_UPDATE_REJECTED.value:
                 reason, detail = event.attributes["reason"], event.attributes["detail"]
                 yield Answer(replica, accepted=False, detail=f"{reason}: {detail}")
-
-
-def _read(path: Path, vocabularies: Vocabularies) -> Checkpoint:
-    return read_checkpoint(read_payload(path), vocabularies)
-
-
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            return read_header(prefix + file.read(header_bytes(prefix, size) - 8), size)
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def _state_dict_shapes(path: Path, size: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

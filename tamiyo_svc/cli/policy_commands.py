@@ -37,11 +37,12 @@ def init(
     state_dir: StateDir = None,
 ) -> None:
     """Write a new checkpoint to start training from."""
+    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
     from tamiyo_svc.policy.network import NetworkConfig
 
     config = NetworkConfig(sage_hidden_dim=8, gat_hidden_dim=4, attention_heads=2)
-    vocabularies = policy.vocabularies_for(settings_from(None, state_dir=state_dir), None)
+    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
     # Without a choice, the built-in's own sizes.
     policy.init(out, start, vocabularies, config if small else None)
     typer.echo(f"{out}: {start}, {out.stat().st_size} bytes")
@@ -59,9 +60,10 @@ def inspect(path: Checkpoint, as_json: AsJson = False) -> None:
 @policy_app.command()
 def verify(path: Checkpoint, state_dir: StateDir = None) -> None:
     """Check a checkpoint as a service does before it swaps; exit 1 if it would be refused."""
+    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
 
-    vocabularies = policy.vocabularies_for(settings_from(None, state_dir=state_dir), None)
+    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
     with _refusals(path):
         checked = policy.verify(path, vocabularies)
         typer.echo(f"{path}: good, {checked.policy_id} {checked.version}, weights {checked.digest}")
@@ -72,11 +74,15 @@ def diff(
     first: Checkpoint, second: Checkpoint, state_dir: StateDir = None, as_json: AsJson = False
 ) -> None:
     """Show how two checkpoints differ; exit 1 if they do."""
+    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
 
-    vocabularies = policy.vocabularies_for(settings_from(None, state_dir=state_dir), None)
+    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
     with _refusals(first):
-        found = policy.diff(first, second, vocabularies)
+        one = policy.read(first, vocabularies)
+    with _refusals(second):
+        other = policy.read(second, vocabularies)
+    found = policy.diff(one, other)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -98,9 +104,10 @@ def pack(
     state_dir: StateDir = None,
 ) -> None:
     """Embed packets with what the policy decides on them, for services to replay."""
+    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
 
-    vocabularies = policy.vocabularies_for(settings_from(None, state_dir=state_dir), None)
+    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
     with _refusals(path):
         count = policy.pack(path, packets, out, vocabularies, policy_id, version)
     typer.echo(f"{out}: {count} golden packets")
@@ -123,14 +130,19 @@ def publish(
 
     with _refusals(path):
         about = policy.inspect(path)
+    policy_id = policy_id or str(about["policy_id"] or "")
+    version = version or str(about["version"] or "")
+    for name, option in ((policy_id, "--policy-id"), (version, "--version")):
+        if not name:
+            raise ConfigurationError(f"{option}: {path} does not say one, so it has to be given")
     action = PolicyUpdateAction.SHADOW if shadow else PolicyUpdateAction.APPLY
     _publish(
         settings_from(None, redis_url=redis_url),
         action,
         timeout_s,
         payload=policy.read_payload(path),
-        policy_id=policy_id or str(about["policy_id"] or ""),
-        version=version or str(about["version"] or ""),
+        policy_id=policy_id,
+        version=version,
     )
 
 
@@ -145,8 +157,10 @@ def list_policies(redis_url: RedisUrl = None, as_json: AsJson = False) -> None:
         statuses = policy.replicas(settings_from(None, redis_url=redis_url))
     if as_json:
         typer.echo(json.dumps([asdict(status) for status in statuses], indent=2))
-    else:
+    elif statuses:
         print_rich(policy.replicas_table(statuses))
+    else:
+        typer.echo("no replica is running")
 
 
 @policy_app.command()

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from support.bus import SECRET, Bus
 from support.policies import checkpoint
 from support.running import StartService
 from typer.testing import CliRunner, Result
 
+from tamiyo_svc.adapters.embedded import EmbeddedRedis
+from tamiyo_svc.adapters.oona.policy_stream import ReplicaStatus
 from tamiyo_svc.cli.main import app
+from tamiyo_svc.cli.policy import publish
+from tamiyo_svc.errors import BusError
+from tamiyo_svc.service.settings import load_settings
+from tamiyo_svc.taxonomy import PolicyUpdateAction
 
 pytestmark = pytest.mark.redis
 
@@ -83,3 +92,32 @@ async def test_a_refusal_is_the_answer_and_a_forger_gets_none(
     assert "probe_failed" in refused.output
     assert forged.exit_code == 1
     assert "no answer within 3 s" in forged.output
+
+
+def test_a_server_lost_while_answers_are_awaited_is_told_from_one_that_took_nothing() -> None:
+    asked = 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        if asked == 2:  # before the first look at the answers
+            server.kill()
+        return 0.0
+
+    with EmbeddedRedis() as server:
+        settings = load_settings(None, redis_url=server.url, ESPER_LEYLINE_SECRET=SECRET)
+        status = ReplicaStatus("one", "full", "1", "digest")
+        with Redis.from_url(server.url) as redis:
+            redis.set("tamiyo:policy:one", json.dumps(asdict(status)))
+        with pytest.raises(BusError, match="is published"):
+            publish(
+                settings,
+                PolicyUpdateAction.ROLLBACK,
+                timeout_s=10,
+                on_answer=print,
+                clock=clock,
+            )
+
+
+async def test_that_no_replica_runs_is_said(redis_url: str) -> None:
+    assert (await tamiyo(redis_url, "ls")).output == "no replica is running\n"

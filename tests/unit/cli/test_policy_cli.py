@@ -113,6 +113,15 @@ def test_differences_are_named_and_sized(tmp_path: Path) -> None:
     assert found["metadata"] == {"version": ["bootstrap-1", "next"]}
 
 
+def test_the_checkpoint_of_two_that_is_refused_is_named(tmp_path: Path) -> None:
+    good, bad = (
+        written(tmp_path / "good", checkpoint(1.0)),
+        written(tmp_path / "bad", b"none of it"),
+    )
+
+    assert f"{bad}: invalid_payload" in run("policy", "diff", good, bad, code=1)
+
+
 def packets_file(path: Path, packets: Sequence[Any]) -> Path:
     lines = [
         json.dumps({"packet": base64.b64encode(packet.SerializeToString()).decode()})
@@ -168,3 +177,16 @@ def test_publishing_needs_a_secret_and_a_server(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match="REDIS_URL"):
         run("policy", "publish", path, "--redis-url", f"unix://{tmp_path}/none.sock")
+
+
+@pytest.mark.parametrize(
+    ("payload", "option"),
+    [
+        (altered(checkpoint(1.0), policy_id=""), "--policy-id"),
+        (altered(checkpoint(1.0), version=""), "--version"),
+    ],
+    ids=["policy_id", "version"],
+)
+def test_what_is_published_has_names(tmp_path: Path, payload: bytes, option: str) -> None:
+    with pytest.raises(ConfigurationError, match=option):
+        run("policy", "publish", written(tmp_path / "plain", payload))
