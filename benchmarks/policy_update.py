@@ -2,9 +2,9 @@
 
 A service of its own answers one trainer 50 times a second over a real Redis. Time and again a
 policy of full size (56 MB) is published, with a control window before and after it. Latencies are
-those of the service's own telemetry; a window ends when the update is applied. The publisher
-stands for one on another machine: it seals between the windows, in a process of its own and of the
-lowest priority.
+those of the service's own telemetry; a window ends a second after the update is applied, when what
+it replaced is gone too. The publisher stands for one on another machine: it seals between the
+windows, in a process of its own and of the lowest priority.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from tamiyo_svc.taxonomy import Event
 _RATE_PER_S: Final = 50.0
 _BUDGET_MS: Final = 5.0
 _SETTLE_S: Final = 3.0
+_AFTERMATH_S: Final = 1.0
 _PATIENCE_S: Final = 120.0
 _POLL_S: Final = 0.1
 _STREAM: Final = "oona.policy"
@@ -130,7 +131,7 @@ def _measure(url: str, secret: str, pid: int, count: int, seconds: float) -> dic
             updates.append(Update(version, published_s, publish_ms, applied_s, took_ms))
             resident[f"after {turn}"] = _resident_mb(pid)
         told = list(_telemetry(redis, keyring))
-    windows = [(update.published_s, update.applied_s) for update in updates]
+    windows = [(update.published_s, update.applied_s + _AFTERMATH_S) for update in updates]
     return {
         "machine": machine(),
         "update_mb": round(size / 1e6, 1),
