@@ -15,10 +15,19 @@ from support.running import StartService
 from typer.testing import CliRunner, Result
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
-from tamiyo_svc.adapters.oona.policy_stream import ReplicaStatus
+from tamiyo_svc.adapters.oona.policy_stream import (
+    KEPT_UPDATES,
+    ReplicaStatus,
+    _paced,
+    open_stream,
+    publish_update,
+)
 from tamiyo_svc.cli.main import app
 from tamiyo_svc.cli.policy import publish
 from tamiyo_svc.errors import BusError
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
+from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.service.settings import load_settings
 from tamiyo_svc.taxonomy import PolicyUpdateAction
 
@@ -32,6 +41,30 @@ async def tamiyo(redis_url: str, *arguments: str | Path, secret: str = SECRET) -
     return await asyncio.to_thread(
         lambda: CliRunner(env=environment).invoke(app, ["policy", *texts])
     )
+
+
+def test_large_updates_arrive_whole_and_the_newest_are_kept(redis_url: str) -> None:
+    keyring = Keyring(SECRET.encode())
+    updates = [
+        leyline.PolicyUpdate(payload=bytes([number]) * 3_000_001)
+        for number in range(KEPT_UPDATES + 2)
+    ]
+    with open_stream(redis_url) as redis:
+        ids = [publish_update(redis, "oona.large", seal(one, keyring, {})) for one in updates]
+        kept = redis.xrange("oona.large")
+
+    assert [entry_id.decode() for entry_id, _ in kept] == ids[-KEPT_UPDATES:]
+    for update, (_, fields) in zip(updates[-KEPT_UPDATES:], kept, strict=True):
+        assert parse_payload(open_envelope(fields, keyring, 4 << 20)) == update
+
+
+def test_a_command_is_sent_in_parts_that_redis_takes_in_between_others() -> None:
+    pieces = [b"XADD", bytes(range(256)) * 4096, b"end"]
+
+    parts = list(_paced(pieces))
+
+    assert b"".join(parts) == b"".join(pieces)
+    assert max(map(len, parts)) == 128 << 10
 
 
 async def test_publishing_waits_for_every_replica_and_rolling_back_undoes_it(
