@@ -100,3 +100,8 @@ class StoredStateError(TamiyoError):
     """Stored bytes are damaged or of a version this release does not know."""
 
     label = "stored_state"
+
+
+def in_brief(error: Exception) -> str:
+    """An error's type and first line, at most 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -14,6 +14,7 @@ from tamiyo_svc.cli.options import AsJson, RedisUrl, print_rich, settings_from
 from tamiyo_svc.errors import BusError, ConfigurationError, InferenceError, PolicyRejectedError
 
 if TYPE_CHECKING:
+    from tamiyo_svc.graph.vocabulary import Vocabularies
     from tamiyo_svc.service.settings import Settings
     from tamiyo_svc.taxonomy import PolicyUpdateAction
 
@@ -37,12 +38,11 @@ def init(
     state_dir: StateDir = None,
 ) -> None:
     """Write a new checkpoint to start training from."""
-    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
     from tamiyo_svc.policy.network import NetworkConfig
 
     config = NetworkConfig(sage_hidden_dim=8, gat_hidden_dim=4, attention_heads=2)
-    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
+    vocabularies = _vocabularies(state_dir)
     # Without a choice, the built-in's own sizes.
     policy.init(out, start, vocabularies, config if small else None)
     typer.echo(f"{out}: {start}, {out.stat().st_size} bytes")
@@ -60,10 +60,9 @@ def inspect(path: Checkpoint, as_json: AsJson = False) -> None:
 @policy_app.command()
 def verify(path: Checkpoint, state_dir: StateDir = None) -> None:
     """Check a checkpoint as a service does before it swaps; exit 1 if it would be refused."""
-    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
 
-    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
+    vocabularies = _vocabularies(state_dir)
     with _refusals(path):
         checked = policy.verify(path, vocabularies)
         typer.echo(f"{path}: good, {checked.policy_id} {checked.version}, weights {checked.digest}")
@@ -74,10 +73,9 @@ def diff(
     first: Checkpoint, second: Checkpoint, state_dir: StateDir = None, as_json: AsJson = False
 ) -> None:
     """Show how two checkpoints differ; exit 1 if they do."""
-    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
 
-    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
+    vocabularies = _vocabularies(state_dir)
     with _refusals(first):
         one = policy.read(first, vocabularies)
     with _refusals(second):
@@ -104,10 +102,9 @@ def pack(
     state_dir: StateDir = None,
 ) -> None:
     """Embed packets with what the policy decides on them, for services to replay."""
-    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
     from tamiyo_svc.cli import policy
 
-    vocabularies = load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
+    vocabularies = _vocabularies(state_dir)
     with _refusals(path):
         count = policy.pack(path, packets, out, vocabularies, policy_id, version)
     typer.echo(f"{out}: {count} golden packets")
@@ -207,6 +204,12 @@ def _publish(
             typer.echo("no replica is running; those that start will read the update", err=True)
         taken = policy.publish(settings, action, timeout_s=timeout_s, on_answer=on_answer, **update)
     raise typer.Exit(0 if taken else 1)
+
+
+def _vocabularies(state_dir: str | None) -> Vocabularies:
+    from tamiyo_svc.adapters.vocabulary_store import load_vocabularies
+
+    return load_vocabularies(settings_from(None, state_dir=state_dir).state_dir)
 
 
 @contextmanager

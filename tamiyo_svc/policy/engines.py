@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
-from tamiyo_svc.errors import InferenceError
+from tamiyo_svc.errors import InferenceError, in_brief
 from tamiyo_svc.graph.graph import Graph
 from tamiyo_svc.policy.folded import FoldedNetwork, fold
 from tamiyo_svc.policy.folding import Outputs
@@ -171,14 +171,13 @@ class Engines:
                 for given_up in range(level):
                     built.pop(given_up, None)
         form = self._forms[level]
-        reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
         self._report(
             EngineStatus(
                 form.device,
                 form.is_compiled,
                 self.status.warm_ms,
                 self.status.fallbacks + fallen,
-                reason,
+                in_brief(failure),
             )
         )
 

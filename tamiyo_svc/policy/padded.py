@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tamiyo_svc.errors import in_brief
 from tamiyo_svc.graph.graph import PACKED_WIDTH, Graph, Topology
 from tamiyo_svc.graph.schema import EDGE_WIDTH, NODE_TYPES, RELATIONS
 from tamiyo_svc.policy.folded import FoldedNetwork
@@ -158,8 +159,9 @@ class _Stage:
             recorded()
             recorder.wait()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            return Choice(is_recorded=False, direct_ms=None, recorded_ms=None, reason=reason)
+            return Choice(
+                is_recorded=False, direct_ms=None, recorded_ms=None, reason=in_brief(error)
+            )
         times_ms: tuple[list[float], list[float]] = ([], [])
         for _ in range(_TIMED_RUNS):
             for run, taken_ms in zip((direct, recorded), times_ms, strict=True):

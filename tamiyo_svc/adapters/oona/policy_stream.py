@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -100,19 +101,11 @@ def await_next(
         BusError: Redis did not answer.
     """
     client: Any = redis
-    try:
-        connection = client.connection_pool.get_connection()
-        try:
-            connection.send_command(
-                *("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", stream, after)
-            )
-            if connection.can_read(timeout=_READ_TIMEOUT_S):
-                on_coming()
-            reply = client.parse_response(connection, "XREAD")
-        finally:
-            client.connection_pool.release(connection)
-    except (*OUTAGE_ERRORS, RedisError) as error:
-        raise BusError(f"{stream}: {error!r}") from error
+    with _connection(redis, stream) as connection:
+        connection.send_command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", stream, after)
+        if connection.can_read(timeout=_READ_TIMEOUT_S):
+            on_coming()
+        reply = client.parse_response(connection, "XREAD")
     return next(read_entries(reply), None)
 
 
@@ -164,19 +157,31 @@ def publish_update(redis: Redis, stream: str, update: SignedEnvelope) -> str:
     """
     fields = [part for field in update.fields().items() for part in field]
     client: Any = redis
+    with _connection(redis, stream) as connection:
+        command = connection.pack_command(
+            *("XADD", stream, "MAXLEN", "=", KEPT_UPDATES, "*", *fields)
+        )
+        connection.send_packed_command(_paced(command))
+        entry_id: bytes = client.parse_response(connection, "XADD")
+    return entry_id.decode()
+
+
+@contextmanager
+def _connection(redis: Redis, stream: str) -> Iterator[Any]:
+    """A connection for a command whose sending or answer takes its time.
+
+    Raises:
+        BusError: Redis did not answer.
+    """
+    pool: Any = redis.connection_pool
     try:
-        connection = client.connection_pool.get_connection()
+        connection = pool.get_connection()
         try:
-            command = connection.pack_command(
-                *("XADD", stream, "MAXLEN", "=", KEPT_UPDATES, "*", *fields)
-            )
-            connection.send_packed_command(_paced(command))
-            entry_id: bytes = client.parse_response(connection, "XADD")
+            yield connection
         finally:
-            client.connection_pool.release(connection)
+            pool.release(connection)
     except (*OUTAGE_ERRORS, RedisError) as error:
         raise BusError(f"{stream}: {error!r}") from error
-    return entry_id.decode()
 
 
 def _paced(command: Iterable[bytes]) -> Iterator[memoryview]:
