@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,16 @@ def redis(redis_url: str) -> Any:
         yield connection
 
 
-def add(redis: Any, stream: str, message: Any, secret: str = SECRET, **attributes: str) -> str:
+def add(
+    redis: Any,
+    stream: str,
+    message: Any,
+    secret: str = SECRET,
+    entry_id: str = "*",
+    **attributes: str,
+) -> str:
     fields = seal(message, Keyring(secret.encode()), attributes).fields()
-    return str(redis.xadd(stream, fields).decode())
+    return str(redis.xadd(stream, fields, id=entry_id).decode())
 
 
 def bury_by_hand(redis: Any, entry_id: str, message: Any, secret: str = SECRET, **meta: str) -> str:
@@ -180,21 +188,23 @@ def test_tail_decodes_and_marks_what_does_not_verify(redis_url: str, redis: Any)
 
 
 def test_tail_takes_only_what_is_asked_for_in_the_order_of_ids(redis_url: str, redis: Any) -> None:
-    first = add(redis, "oona.normal", state_packet("run-1", 1))
-    add(redis, "oona.normal", state_packet("run-2", 1))
-    add(redis, "oona.telemetry", leyline.TelemetryPacket(packet_id="t"), training_run_id="run-1")
-    last = add(redis, "oona.normal", state_packet("run-1", 2))
+    now_ms = time.time_ns() // 1_000_000
+    first, other, note, last = (f"{now_ms + later}-0" for later in range(-4, 0))
+    add(redis, "oona.normal", state_packet("run-1", 1), entry_id=first)
+    add(redis, "oona.normal", state_packet("run-2", 1), entry_id=other)
+    telemetry = leyline.TelemetryPacket(packet_id="t")
+    add(redis, "oona.telemetry", telemetry, entry_id=note, training_run_id="run-1")
+    add(redis, "oona.normal", state_packet("run-1", 2), entry_id=last)
     settings = settings_for(redis_url)
 
     def ids(**wanted: Any) -> list[str]:
         return [each["id"] for each in tailed(settings, Wanted(**wanted))]
 
-    assert ids() == sorted(ids())
-    assert len(ids()) == 4
+    assert ids() == [first, other, note, last]
     assert ids(newest=1) == [last]
     assert ids(run_id="run-1", type_part="state") == [first, last]
-    assert len(ids(run_id="run-1")) == 3
-    assert len(ids(streams=("oona.telemetry",))) == 1
+    assert ids(run_id="run-1") == [first, note, last]
+    assert ids(streams=("oona.telemetry",)) == [note]
     assert ids(since=last) == [last]
     assert len(ids(since="1h")) == 4
     assert ids(run_id="run-1", newest=1, type_part="system") == [last]
