@@ -174,7 +174,12 @@ def _rounds(runs: Sequence[str], packets: int) -> Iterator[dict[str, int]]:
 def _backlog(redis: Redis) -> int:
     """Entries of the normal stream that the service has not ended."""
     (group,) = _groups(redis)
-    return int(group["lag"] or 0) + int(group["pending"])
+    lag = group.get("lag")
+    if lag is None:  # older servers never tell, newer ones not after an entry was deleted
+        delivered = group["last-delivered-id"].decode()
+        entries: Any = redis.xrange(NORMAL, f"({delivered}", count=_BACKLOG + 1)
+        lag = len(entries)
+    return int(lag) + int(group["pending"])
 
 
 def _groups(redis: Redis) -> Any:
