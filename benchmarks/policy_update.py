@@ -246,7 +246,9 @@ def _telemetry(redis: Redis, keyring: Keyring) -> Iterator[Told]:
 
 
 def _figures(told: list[Told], windows: list[tuple[float, float]]) -> dict[str, Any]:
-    """Latencies of the decisions in some windows, and where in them the late ones lie."""
+    """Latencies of the decisions in some windows, and where in them the late ones lie, with those
+    that had to do without the network.
+    """
     chosen = [
         (round((each.at_s - start_s) * 1e3), each)
         for start_s, end_s in windows
@@ -254,19 +256,22 @@ def _figures(told: list[Told], windows: list[tuple[float, float]]) -> dict[str, 
         if start_s <= each.at_s < end_s
     ]
     steps_ms = Distribution.of([each.step_ms for _, each in chosen])
-    late = [(at_ms, each) for at_ms, each in chosen if each.step_ms > _BUDGET_MS]
+    late = [
+        (at_ms, each) for at_ms, each in chosen if each.step_ms > _BUDGET_MS or _LATE & each.events
+    ]
     return {
         "decisions": steps_ms.count,
         "p50_ms": round(steps_ms.p50, 2),
         "p99_ms": round(steps_ms.p99, 2),
         "max_ms": round(steps_ms.worst, 2),
-        "over_budget": len(late),
+        "over_budget": sum(each.step_ms > _BUDGET_MS for _, each in chosen),
         "without_network": sum(bool(_LATE & each.events) for _, each in chosen),
         "late": [
             {
                 "at_ms": at_ms,
                 "step_ms": round(each.step_ms, 1),
                 **{name: round(value, 1) for name, value in each.stages_ms.items()},
+                "events": sorted(_LATE & each.events),
             }
             for at_ms, each in late
         ],

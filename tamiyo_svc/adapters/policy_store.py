@@ -20,12 +20,7 @@ from torch import Tensor
 
 from tamiyo_svc.errors import PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
-from tamiyo_svc.policy.checkpoint import (
-    MAX_HEADER_BYTES,
-    check_checkpoint,
-    header_bytes,
-    read_header,
-)
+from tamiyo_svc.policy.checkpoint import check_checkpoint, header_bytes, read_header
 from tamiyo_svc.policy.evaluator import Policy, build_policy
 from tamiyo_svc.policy.network import TamiyoNetwork
 from tamiyo_svc.policy.update import TakenUpdates
@@ -177,11 +172,12 @@ def _map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], mmap.mmap]
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(MAX_HEADER_BYTES + 8)
-            metadata, header = read_header(prefix, size)
+            prefix = file.read(8)
+            length = header_bytes(prefix, size)
+            metadata, header = read_header(prefix + file.read(length - 8), size)
             # A private copy that nobody writes to: torch takes no memory that is read-only.
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        return dict(_tensors(memory, header, header_bytes(prefix, size))), metadata, memory
+        return dict(_tensors(memory, header, length)), metadata, memory
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PolicyRejectedError(
             PolicyRejection.INVALID_PAYLOAD, f"{path.name}: {error}"
