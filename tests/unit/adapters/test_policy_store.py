@@ -69,7 +69,8 @@ def test_weights_take_no_memory_once_given_back_and_can_still_be_read(tmp_path: 
 
     def resident_kb() -> int:
         maps = Path("/proc/self/smaps").read_text()
-        (size,) = re.findall(rf"{kept.file}\n(?:.*\n)*?Rss: +(\d+) kB", maps)
+        file = re.escape(str(store.folder / kept.file))
+        (size,) = re.findall(rf"{file}\n(?:.*\n)*?Rss: +(\d+) kB", maps)
         return int(size)
 
     assert resident_kb() > 0
