@@ -330,7 +330,7 @@ async def _open_bus(
     async def restore() -> None:
         nonlocal restored
         for consumer in consumers:
-            await consumer.ensure_groups()
+            await consumer.join()
         await clock.sync(background)
         if not restored:
             replica.restore(await breakers.load())

@@ -19,6 +19,7 @@ from tamiyo_svc.adapters.oona.connection import ServerClock, client
 from tamiyo_svc.adapters.oona.consumer import GroupLostError, StreamConsumer
 from tamiyo_svc.adapters.oona.entries import Entry
 from tamiyo_svc.adapters.oona.housekeeping import trim
+from tamiyo_svc.adapters.oona.inspection import view_stream
 from tamiyo_svc.errors import (
     BusError,
     CommitConflictError,
@@ -72,7 +73,7 @@ async def bus(server: EmbeddedRedis, request: pytest.FixtureRequest) -> AsyncIte
     ):
         consumer = StreamConsumer(reader, redis, (EMERGENCY, NORMAL), "tamiyo", "one")
         other = StreamConsumer(redis, redis, (EMERGENCY, NORMAL), "tamiyo", "two")
-        await consumer.ensure_groups()
+        await consumer.join()
         yield Bus(redis, consumer, other, Committer(redis, "tamiyo"), server)
 
 
@@ -95,16 +96,23 @@ async def test_read_is_bounded_and_empty_without_entries(bus: Bus) -> None:
 async def test_group_made_later_still_reads_what_was_there(bus: Bus) -> None:
     await bus.publish("early", "late-group")
     consumer = StreamConsumer(bus.redis, bus.redis, ("late-group",), "tamiyo", "one")
-    await consumer.ensure_groups()
-    await consumer.ensure_groups()
+    await consumer.join()
+    await consumer.join()
     assert [entry.fields[b"payload"] for entry in await consumer.read(5, 10)] == [b"early"]
+
+
+async def test_who_joins_is_known_before_reading_anything(bus: Bus) -> None:
+    await bus.other.join()
+    for stream in (EMERGENCY, NORMAL):
+        (group,) = (await view_stream(bus.redis, stream)).groups
+        assert {member.name for member in group.consumers} == {"one", "two"}
 
 
 async def test_lost_group_is_named_and_can_be_made_again(bus: Bus) -> None:
     await bus.redis.flushall()
     with pytest.raises(GroupLostError):
         await bus.consumer.read(1, 10)
-    await bus.consumer.ensure_groups()
+    await bus.consumer.join()
     await bus.publish("after")
     assert len(await bus.consumer.read(1, 10)) == 1
 
@@ -196,7 +204,7 @@ async def test_commit_writes_outputs_state_and_acknowledges(bus: Bus) -> None:
 async def test_outputs_lie_in_the_partition_of_the_entry(bus: Bus) -> None:
     await bus.publish("one", f"{NORMAL}.{{2}}")
     consumer = StreamConsumer(bus.redis, bus.redis, (f"{NORMAL}.{{2}}",), "tamiyo", "one")
-    await consumer.ensure_groups()
+    await consumer.join()
     entries = await consumer.read(5, 10)
     outputs = [
         Output("out.telemetry", {b"payload": b"telemetry"}),
@@ -360,6 +368,6 @@ async def test_unreachable_server_is_a_bus_error() -> None:
         with pytest.raises(BusError):
             await consumer.read(1, 10)
         with pytest.raises(BusError):
-            await consumer.ensure_groups()
+            await consumer.join()
         with pytest.raises(BusError):
             await Committer(redis, "tamiyo").load_run(RUN)

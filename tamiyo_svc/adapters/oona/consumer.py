@@ -43,18 +43,24 @@ class StreamConsumer:
         self.group = group
         self.name = name
 
-    async def ensure_groups(self) -> None:
-        """Create the group on every stream that lacks it, from the stream's beginning.
+    async def join(self) -> None:
+        """Be a member of the group on every stream, which starts at the stream's beginning.
+
+        A member that only waits for entries is not one yet to Redis, so it is made one by name.
 
         Raises:
             BusError: Redis did not answer or refused.
         """
         for stream in self.streams:
             try:
-                await self._background.xgroup_create(stream, self.group, id="0", mkstream=True)
+                try:
+                    await self._background.xgroup_create(stream, self.group, id="0", mkstream=True)
+                except ResponseError as error:
+                    if "BUSYGROUP" not in str(error):
+                        raise
+                await self._background.xgroup_createconsumer(stream, self.group, self.name)
             except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise BusError(f"consumer group on {stream}: {error}") from error
+                raise BusError(f"consumer group on {stream}: {error}") from error
             except (*OUTAGE_ERRORS, RedisError) as error:
                 raise BusError(f"consumer group on {stream}: {error!r}") from error
 
