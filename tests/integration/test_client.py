@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from support.patience import PATIENT
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.client import (
@@ -86,8 +87,7 @@ def redis(redis_url: str) -> Iterator[Redis]:
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[TamiyoClient]:
-    settings = ClientSettings(max_wait_s=LONG_S)
-    with TamiyoClient(redis_url, KEYRING, RUN, settings, clock=lambda: NOW_S) as client:
+    with TamiyoClient(redis_url, KEYRING, RUN, PATIENT, clock=lambda: NOW_S) as client:
         yield client
 
 
@@ -325,8 +325,7 @@ def test_disabled_starts_no_thread_and_does_nothing() -> None:
 async def test_the_asyncio_client_waits_without_blocking_its_loop(
     redis: Redis, redis_url: str
 ) -> None:
-    settings = ClientSettings(max_wait_s=LONG_S)
-    async with AsyncTamiyoClient(redis_url, KEYRING, RUN, settings, clock=lambda: NOW_S) as client:
+    async with AsyncTamiyoClient(redis_url, KEYRING, RUN, PATIENT, clock=lambda: NOW_S) as client:
         await asyncio.to_thread(publish, client, 1)
         waiting = asyncio.create_task(client.wait(1, LONG_S))
         await asyncio.to_thread(answer, redis, 1)
@@ -339,13 +338,12 @@ async def test_the_asyncio_client_waits_without_blocking_its_loop(
 
 
 def test_a_resumed_run_refuses_the_commands_it_has_applied(redis: Redis, redis_url: str) -> None:
-    with TamiyoClient(redis_url, KEYRING, RUN, clock=lambda: NOW_S) as client:
+    with TamiyoClient(redis_url, KEYRING, RUN, PATIENT, clock=lambda: NOW_S) as client:
         publish(client, 1)
         answer(redis, 1)
         assert client.wait(1, LONG_S) is not None
         saved = client.state_dict()
-    settings = ClientSettings(max_wait_s=LONG_S)
-    with TamiyoClient(redis_url, KEYRING, RUN, settings, clock=lambda: NOW_S) as resumed:
+    with TamiyoClient(redis_url, KEYRING, RUN, PATIENT, clock=lambda: NOW_S) as resumed:
         resumed.load_state_dict(saved)
         publish(resumed, 1)
         answer(redis, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.faulty_bus import Fault, FaultyBus
+from support.patience import PATIENT
 from torch import nn
 from torch.nn import functional
 
@@ -118,19 +119,20 @@ def test_weights_are_those_of_a_run_without_tamiyo(
 
 
 def test_a_command_that_is_applied_does_change_the_weights(undisturbed: str) -> None:
-    with FaultyBus(Fault.SLOWS_DOWN) as bus:
-        settings = ClientSettings(max_wait_s=10.0)
-        with TamiyoClient(bus.url, KEYRING, "slows-down", settings) as client:
-            ended: list[StepEnd] = []
+    with (
+        FaultyBus(Fault.SLOWS_DOWN) as bus,
+        TamiyoClient(bus.url, KEYRING, "slows-down", PATIENT) as client,
+    ):
+        ended: list[StepEnd] = []
 
-            def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> EndStep:
-                run = TamiyoRun(client, optimizer=optimizer, settings=RunSettings(wait_s=10.0))
+        def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> EndStep:
+            run = TamiyoRun(client, optimizer=optimizer, settings=RunSettings(wait_s=10.0))
 
-                def end_step(step: int, loss: torch.Tensor) -> None:
-                    ended.append(run.end_step(step, loss))
+            def end_step(step: int, loss: torch.Tensor) -> None:
+                ended.append(run.end_step(step, loss))
 
-                return end_step
+            return end_step
 
-            assert train(attach) != undisturbed
+        assert train(attach) != undisturbed
     assert all(end.outcome is AckOutcome.APPLIED for end in ended)
     assert client.counters.received == STEPS

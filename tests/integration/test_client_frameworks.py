@@ -10,11 +10,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from support.faulty_bus import Fault, FaultyBus
+from support.patience import PATIENT
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from tamiyo_svc.client import AckOutcome, ClientSettings, TamiyoClient
+from tamiyo_svc.client import AckOutcome, TamiyoClient
 from tamiyo_svc.client.run import RunSettings, StepEnd
 from tamiyo_svc.client.testing import KEYRING, FakeService, make_optimizer_command
 from tamiyo_svc.leyline import leyline_pb2 as leyline
@@ -44,7 +45,7 @@ def bus() -> Iterator[FaultyBus]:
 
 
 def make_client(bus: FaultyBus, run_id: str) -> TamiyoClient:
-    return TamiyoClient(bus.url, KEYRING, run_id, ClientSettings(max_wait_s=LONG_S))
+    return TamiyoClient(bus.url, KEYRING, run_id, PATIENT)
 
 
 def lightning_fit(

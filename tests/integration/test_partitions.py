@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from redis import Redis
 from support.bus import CATALOG, SECRET, Bus, state_packet
 from support.clustered import clustered_redis
+from support.patience import PATIENT
 from support.running import Running, StartService
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
@@ -31,7 +33,7 @@ from tamiyo_svc.cli.stream import status
 from tamiyo_svc.cli.tail import OutputFormat, Wanted, tail
 from tamiyo_svc.cli.top import top
 from tamiyo_svc.client.client import TamiyoClient
-from tamiyo_svc.client.core import ClientSettings
+from tamiyo_svc.client.testing import LONG_S
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import seal
@@ -93,16 +95,16 @@ async def train(url: str, run_id: str, steps: int = 2) -> list[str]:
     """Ids of the commands that a trainer got and acknowledged, one for each step."""
 
     def work() -> list[str]:
-        settings = ClientSettings(partitions=COUNT, max_wait_s=20.0)
+        settings = replace(PATIENT, partitions=COUNT)
         ids = []
         with TamiyoClient(url, KEYRING, run_id, settings) as client:
             for step in range(1, steps + 1):
                 assert client.publish_packet(state_packet(run_id, step))
-                verified = client.wait(step, 20.0)
+                verified = client.wait(step, LONG_S)
                 assert verified is not None
                 client.ack(verified, AckOutcome.APPLIED)
                 ids.append(verified.command.command_id)
-            assert client.flush(20.0)
+            assert client.flush(LONG_S)
         return ids
 
     return await asyncio.to_thread(work)

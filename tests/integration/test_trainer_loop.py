@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from redis import Redis
+from support.patience import PATIENT
 
 from tamiyo_svc.client.client import TamiyoClient
 from tamiyo_svc.client.seeds.lifecycle import TRANSITIONS
@@ -118,7 +119,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[TamiyoClient]:
-    with TamiyoClient(redis_url, KEYRING, RUN) as client:
+    with TamiyoClient(redis_url, KEYRING, RUN, PATIENT) as client:
         yield client
 
 

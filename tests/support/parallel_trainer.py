@@ -14,11 +14,12 @@ import torch
 
 # Before there is a group, which it would hold for good.
 import torch.distributed.nn
+from support.patience import PATIENT
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from tamiyo_svc.client import ClientSettings, TamiyoClient
+from tamiyo_svc.client import TamiyoClient
 from tamiyo_svc.client.distributed import RankedClient
 from tamiyo_svc.client.run import RunSettings, TamiyoRun
 from tamiyo_svc.client.seeds import SeedBank, residual_mlp
@@ -61,7 +62,7 @@ def train(rank: int, url: str, steps: int, cut_at: int, breaks_at: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     bank = SeedBank(network, {"seed-residual-mlp": partial(Breaking, passes=breaks_at)})
     bank.attach("1")
-    own = TamiyoClient(url, KEYRING, "parallel", ClientSettings(max_wait_s=10.0))
+    own = TamiyoClient(url, KEYRING, "parallel", PATIENT)
     client = RankedClient(own if rank == 0 else None)
     generator = torch.Generator().manual_seed(rank)
     applied: list[tuple[int, str]] = []

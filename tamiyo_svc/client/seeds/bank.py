@@ -128,6 +128,8 @@ class SeedBank:
             except Exception as error:
                 failure = error
             _step(seed, reached, failure)
+            # Its traceback holds this frame, and so all tensors of the step in a cycle.
+            del failure
 
     def step(self, loss: float) -> None:
         """Train the seeds that joined the network with the gradients of its backward pass."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +113,40 @@ def test_a_seed_that_fails_in_isolated_training_is_taken_out_and_the_host_keeps_
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "seed seed-0 failed and is taken out: broken" in caplog.text
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_seed_that_failed_keeps_nothing_of_the_step_alive(
+    joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest keeps what is logged, and with it the error.
+    monkeypatch.setattr(logging.getLogger("tamiyo.client"), "disabled", True)
+
+    def failing_step() -> weakref.ref[Tensor]:
+        model, bank, seed = make_bank()
+        bank.blueprints["breaking"] = lambda channels: Breaking(channels, passes=1)
+        seed.germinate("breaking", bank.build(seed, "breaking"), 1e-2, epoch=1)
+        inputs = INPUTS.clone()
+
+        def loss() -> Tensor:
+            return functional.cross_entropy(model(inputs), LABELS)
+
+        if joined:
+            seed.start_blending(Schedule(first_alpha=0.5), Mixing())
+            loss()
+            bank.step(1.0)
+        else:
+            seed.enter(TRAINING)
+            bank.train_isolated(loss)
+        assert seed.stage_name == "CULLED"
+        return weakref.ref(inputs)
+
+    gc.disable()
+    try:
+        kept = failing_step()
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_seed_that_fails_in_the_networks_own_pass_is_left_out_and_then_taken_out(
