@@ -67,7 +67,7 @@ class Pending:
     async def refill(self) -> None:
         """Publish entries and have them delivered."""
         consumer = StreamConsumer(self.redis, self.redis, (NORMAL,), GROUP, "benchmark")
-        await consumer.ensure_groups()
+        await consumer.join()
         async with self.redis.pipeline(transaction=False) as pipeline:
             for _ in range(_PENDING):
                 pipeline.xadd(NORMAL, self.fields)

@@ -4,7 +4,7 @@ A service of its own answers one trainer 50 times a second over a real Redis. Ti
 policy of full size (56 MB) is published, with a control window before and after it. Latencies are
 those of the service's own telemetry; a window ends a second after the update is applied, when what
 it replaced is gone too. The publisher stands for one on another machine: it seals between the
-windows, in a process of its own and of the lowest priority.
+windows, in a process of its own that runs when nobody else wants to.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.checkpoint import write_policy
 from tamiyo_svc.policy.evaluator import build_policy
+from tamiyo_svc.service.courtesy import take_idle_time_only
 from tamiyo_svc.taxonomy import Event
 
 _RATE_PER_S: Final = 50.0
@@ -145,7 +146,7 @@ def _measure(url: str, secret: str, pid: int, count: int, seconds: float) -> dic
 
 def _publish(url: str, secret: str, pipe: Connection) -> None:
     """Seal a policy per version received, say its size, and publish it when told to."""
-    os.nice(19)
+    take_idle_time_only()
     torch.set_num_threads(1)
     policy = replace(build_policy("untrained"), policy_id="full")
     with open_stream(url) as redis:

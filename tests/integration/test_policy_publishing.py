@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def test_large_updates_arrive_whole_and_the_newest_are_kept(redis_url: str) -> N
     assert [entry_id.decode() for entry_id, _ in kept] == ids[-KEPT_UPDATES:]
     for update, (_, fields) in zip(updates[-KEPT_UPDATES:], kept, strict=True):
         assert parse_payload(open_envelope(fields, keyring, 4 << 20)) == update
+
+
+def test_publishing_makes_no_copy_of_a_large_update(redis_url: str) -> None:
+    size = 8_000_000
+    sealed = seal(leyline.PolicyUpdate(payload=bytes(size)), Keyring(SECRET.encode()), {})
+    with open_stream(redis_url) as redis:
+        redis.ping()
+        tracemalloc.start()
+        try:
+            publish_update(redis, "oona.large", sealed)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < size / 2
 
 
 def test_a_command_is_sent_in_parts_that_redis_takes_in_between_others() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
@@ -158,7 +159,9 @@ def publish_update(redis: Redis, stream: str, update: SignedEnvelope) -> str:
     fields = [part for field in update.fields().items() for part in field]
     client: Any = redis
     with _connection(redis, stream) as connection:
-        command = connection.pack_command(
+        # Unlike hiredis it leaves a large field where it is.
+        serializer = PythonRespSerializer(_PART_BYTES, connection.encoder.encode)
+        command = serializer.pack(  # type: ignore[no-untyped-call]
             *("XADD", stream, "MAXLEN", "=", KEPT_UPDATES, "*", *fields)
         )
         connection.send_packed_command(_paced(command))
