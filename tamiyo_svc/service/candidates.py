@@ -69,18 +69,22 @@ class Candidates:
         self.executor.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, kept: KeptPolicy) -> Policy:
-        with self.turns.standing_back():
-            policy = self._store.open(kept, self._vocabularies)
-            try:
-                self._try(policy)
-            except PolicyRejectedError:
-                policy.network.release()
-                raise
-            self._store.give_back(policy)
-            # It is freed by hand. Looking through its 10,000 objects for garbage would keep the
-            # interpreter for milliseconds.
-            gc.freeze()
-            return policy
+        # Looking through its 10,000 objects for garbage would keep the interpreter for
+        # milliseconds, in whatever thread that began. They are freed by hand.
+        gc.disable()
+        try:
+            with self.turns.standing_back():
+                policy = self._store.open(kept, self._vocabularies)
+                try:
+                    self._try(policy)
+                except PolicyRejectedError:
+                    policy.network.release()
+                    raise
+                self._store.give_back(policy)
+                gc.freeze()
+                return policy
+        finally:
+            gc.enable()
 
     def _try(self, policy: Policy) -> None:
         """Warm a policy up and probe it.

@@ -1,0 +1,48 @@
+"""Making a policy ready does not keep the interpreter with a search for garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any, cast
+
+import pytest
+
+from tamiyo_svc.errors import PolicyRejectedError
+from tamiyo_svc.graph.vocabulary import Vocabularies
+from tamiyo_svc.service.candidates import Candidates
+from tamiyo_svc.taxonomy import PolicyRejection
+
+
+class _Store:
+    """Opens a policy of many objects, which then turns out to be of no use."""
+
+    def __init__(self) -> None:
+        self.collections: list[str] = []
+
+    def open(self, kept: object, vocabularies: object) -> Any:
+        def note(phase: str, info: object) -> None:
+            self.collections.append(phase)
+
+        gc.callbacks.append(note)
+        try:
+            held = [[number] for number in range(10_000)]
+        finally:
+            gc.callbacks.remove(note)
+        raise PolicyRejectedError(PolicyRejection.INVALID_PAYLOAD, f"{len(held)} objects")
+
+
+def test_no_garbage_is_looked_for_while_a_policy_is_made_ready() -> None:
+    store = _Store()
+    candidates = Candidates(cast("Any", store), Vocabularies(), cast("Any", None), 5.0)
+
+    async def prepare() -> None:
+        try:
+            await candidates.prepare(cast("Any", None))
+        finally:
+            candidates.close()
+
+    with pytest.raises(PolicyRejectedError, match="10000 objects"):
+        asyncio.run(prepare())
+    assert store.collections == []
+    assert gc.isenabled()
