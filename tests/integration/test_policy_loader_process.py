@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,10 @@ pytestmark = pytest.mark.redis
 
 STREAM = "oona.policy"
 MIB = 1 << 20
+PATIENCE_S = 60.0
+
+Ask = Callable[[LoaderRequest], None]
+Answer = Callable[[], dict[str, Any]]
 
 
 @pytest.fixture
@@ -44,6 +54,33 @@ def add(redis_url: str, size: int) -> str:
     with Redis.from_url(redis_url) as redis:
         entry_id: Any = redis.xadd(STREAM, {"payload": bytes(size), "signature": b"none"})
         return str(entry_id.decode())
+
+
+@contextmanager
+def loader_process(*prefix: str) -> Iterator[tuple[Ask, Answer, int]]:
+    """A process to ask, what it answers, and its id."""
+    command = [*prefix, sys.executable, "-m", "tamiyo_svc.service.policy_loader"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(request: LoaderRequest) -> None:
+            questions.write(request.to_json() + "\n")
+            questions.flush()
+
+        def answer() -> dict[str, Any]:
+            said: dict[str, Any] = json.loads(answers.readline())
+            return said
+
+        yield ask, answer, process.pid
 
 
 def test_an_entry_is_measured_where_it_lies(redis_url: str) -> None:
@@ -85,32 +122,71 @@ async def test_an_entry_that_is_too_large_is_refused_unread_and_the_next_one_is_
         assert first is not None
         assert (first.entry_id, first.reason) == (large, PolicyRejection.PAYLOAD_TOO_LARGE)
         assert first.detail == f"the entry has {8 * MIB + 20} bytes, at most {MIB} are taken"
-        request_ = LoaderRequest(**{**json.loads(request_.to_json()), "after": loader.position})
-        second = await loader.find(request_)
+        second = await loader.find(replace(request_, after=loader.position))
         assert second is not None
         assert (second.entry_id, second.reason) == (small, PolicyRejection.INVALID_SIGNATURE)
     finally:
         await loader.close()
 
 
+async def test_a_process_that_is_killed_while_it_waits_is_missed_and_the_next_one_goes_on(
+    request_: LoaderRequest,
+) -> None:
+    loader = LoaderProcess("0")
+    try:
+        waiting = asyncio.create_task(loader.find(request_))
+        await loader.caught_up.wait()
+        killed = await loader.process_id()
+        assert killed is not None
+        # Not its group: what it started has to end of itself.
+        os.kill(killed, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await waiting is None
+        entry_id = add(request_.redis_url, 8)
+        found = await loader.find(replace(request_, after=loader.position))
+        assert found is not None
+        assert (found.entry_id, found.reason) == (entry_id, PolicyRejection.INVALID_SIGNATURE)
+    finally:
+        await loader.close()
+
+
+def test_once_it_has_waited_a_child_reads_every_entry(request_: LoaderRequest) -> None:
+    with loader_process() as (ask, answer, _):
+        ask(request_)
+        assert answer()["kind"] == "waiting"
+        first = add(request_.redis_url, 8)
+        assert answer()["kind"] == "coming"
+        reading = answer()
+        assert (reading["entry_id"], reading["is_apart"]) == (first, True)
+        assert answer()["entry_id"] == first
+        second = add(request_.redis_url, 8)
+        ask(replace(request_, after=first))
+        reading = answer()
+        assert (reading["entry_id"], reading["is_apart"]) == (second, True)
+        assert answer()["reason"] == PolicyRejection.INVALID_SIGNATURE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_whether_an_entry_fits_is_found_out_without_taking_the_memory(
+    request_: LoaderRequest,
+) -> None:
+    size = 64 * MIB
+    add(request_.redis_url, size)
+    with loader_process() as (ask, answer, pid):
+        ask(replace(request_, max_bytes=2 * size))
+        assert answer()["kind"] == "reading"
+        assert answer()["reason"] == PolicyRejection.INVALID_SIGNATURE
+        status = Path(f"/proc/{pid}/status").read_text()
+    (peak_kb,) = (int(line.split()[1]) for line in status.splitlines() if line[:5] == "VmHWM")
+    assert peak_kb * 1024 < 5 * size
+
+
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
 def test_an_entry_that_does_not_fit_in_memory_is_refused(request_: LoaderRequest) -> None:
     entry_id = add(request_.redis_url, 150 * MIB)
-    allowed = {**json.loads(request_.to_json()), "max_bytes": 256 * MIB}
-    command = [sys.executable, "-m", "tamiyo_svc.service.policy_loader"]
-    with subprocess.Popen(
-        ["prlimit", f"--data={100 * MIB}", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        # Left open: its end would mean that the service is gone.
-        process.stdin.write(json.dumps(allowed) + "\n")
-        process.stdin.flush()
-        reading, finding = (json.loads(process.stdout.readline()) for _ in range(2))
+    with loader_process("prlimit", f"--data={100 * MIB}") as (ask, answer, _):
+        ask(replace(request_, max_bytes=256 * MIB))
+        reading, finding = answer(), answer()
     assert (reading["kind"], reading["entry_id"]) == ("reading", entry_id)
     assert (finding["kind"], finding["entry_id"]) == ("finding", entry_id)
     assert finding["reason"] == PolicyRejection.PAYLOAD_TOO_LARGE
