@@ -35,7 +35,7 @@ _DTYPES: Final = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_PART_BYTES: Final = 1 << 20
+_PART_BYTES: Final = 128 << 10
 """What is given back or written at once."""
 
 

@@ -30,6 +30,8 @@ _PATIENCE_S: Final = 0.02
 _TURN_S: Final = 0.002
 # A process has caches and page tables to come back to, which is worth a longer turn.
 _PROCESS_TURN_S: Final = 0.005
+# A look costs 0.2 ms, and what it returns is taken anew if it is needed again.
+_RETURN_EVERY_S: Final = 0.02
 # From prctl.h.
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -69,11 +71,14 @@ class ThreadTurns:
 
     @contextmanager
     def standing_back(self) -> Iterator[None]:
-        """Have this thread wait for its turns, and rest now and then, at any call it makes."""
-        stretch_ends = turn_ends = 0.0
+        """Have this thread wait for its turns, and rest now and then, at any call it makes.
+
+        What it frees is returned to the system as it goes.
+        """
+        stretch_ends = turn_ends = return_at = 0.0
 
         def hook(frame: FrameType, event: str, argument: Any) -> None:
-            nonlocal stretch_ends, turn_ends
+            nonlocal stretch_ends, turn_ends, return_at
             began = now = time.perf_counter()
             if self._is_free.is_set() or now < turn_ends:
                 if now < stretch_ends:
@@ -83,6 +88,10 @@ class ThreadTurns:
             if now >= turn_ends and not self._is_free.wait(self._patience_s):
                 turn_ends = time.perf_counter() + _TURN_S
             now = time.perf_counter()
+            if now >= return_at:
+                return_freed_memory()
+                now = time.perf_counter()
+                return_at = now + _RETURN_EVERY_S
             self._stood_back_s += now - began
             stretch_ends = now + _STRETCH_S
 
@@ -92,6 +101,7 @@ class ThreadTurns:
             yield
         finally:
             sys.setprofile(before)
+            return_freed_memory()
 
 
 class ProcessTurns:
@@ -139,6 +149,17 @@ def take_idle_time_only() -> None:
     """Have this process run when nobody else wants to; there may be no way back."""
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def return_freed_memory() -> None:
+    """Give the system what was freed; other threads have the interpreter meanwhile.
+
+    protobuf does the same after every 10,000 frees, every 3 s at 50 decisions a second, but keeps
+    the interpreter: 0.1 to 0.3 ms when there is little to return, 4 to 9 ms after a policy was
+    loaded.
+    """
+    with suppress(OSError, AttributeError):  # the GNU C library alone has this
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_with(parent: int) -> None:

@@ -29,6 +29,7 @@ from tamiyo_svc.errors import BusError, StoredStateError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.evaluator import PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
+from tamiyo_svc.service.courtesy import return_freed_memory
 from tamiyo_svc.service.intake import Intake
 from tamiyo_svc.service.notices import Inbox, NoticeBoard
 from tamiyo_svc.service.policy_updates import PolicyUpdates
@@ -106,6 +107,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_COLLECT_AFTER)
+        return_freed_memory()
         async with asyncio.TaskGroup() as group:
 
             def start(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from tamiyo_svc.service.courtesy import ThreadTurns, courteous_executor
@@ -147,3 +149,15 @@ def test_only_the_working_thread_lowers_its_priority() -> None:
 
     assert theirs == min(19, mine + 5)
     assert priority() == mine
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_what_a_thread_frees_while_it_stands_back_is_returned_to_the_system() -> None:
+    parts = [bytes(b"x" * 100_000) for _ in range(600)]
+    # What lies last would be returned anyway.
+    last = parts.pop()
+    before = psutil.Process().memory_info().rss
+    with ThreadTurns().standing_back():
+        parts.clear()
+    assert psutil.Process().memory_info().rss < before - 40_000_000
+    assert last
