@@ -73,7 +73,7 @@ class Candidates:
         # milliseconds, in whatever thread that began. They are freed by hand.
         gc.disable()
         try:
-            with self.turns.standing_back():
+            with self.turns.standing_back(frees_much=True):
                 policy = self._store.open(kept, self._vocabularies)
                 try:
                     self._try(policy)
@@ -110,7 +110,7 @@ class Candidates:
 
     def _free_retired(self) -> None:
         """Drop what is retired."""
-        with self.turns.standing_back():
+        with self.turns.standing_back(frees_much=True):
             while self._retired:
                 policy = self._retired.pop()
                 self._store.give_back(policy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -32,8 +33,7 @@ _TURN_S: Final = 0.002
 _PROCESS_TURN_S: Final = 0.005
 # A look costs 0.2 ms, and what it returns is taken anew if it is needed again.
 _RETURN_EVERY_S: Final = 0.02
-# From prctl.h.
-_PR_SET_PDEATHSIG: Final = 1
+_C_LIBRARY: Final = ctypes.CDLL(None)
 
 
 def courteous_executor(name: str) -> ThreadPoolExecutor:
@@ -70,12 +70,13 @@ class ThreadTurns:
         self.go_on()
 
     @contextmanager
-    def standing_back(self) -> Iterator[None]:
+    def standing_back(self, *, frees_much: bool = False) -> Iterator[None]:
         """Have this thread wait for its turns, and rest now and then, at any call it makes.
 
-        What it frees is returned to the system as it goes.
+        If it frees much, that is returned to the system as it goes.
         """
-        stretch_ends = turn_ends = return_at = 0.0
+        stretch_ends = turn_ends = 0.0
+        return_at = 0.0 if frees_much else math.inf
 
         def hook(frame: FrameType, event: str, argument: Any) -> None:
             nonlocal stretch_ends, turn_ends, return_at
@@ -101,7 +102,8 @@ class ThreadTurns:
             yield
         finally:
             sys.setprofile(before)
-            return_freed_memory()
+            if frees_much:
+                return_freed_memory()
 
 
 class ProcessTurns:
@@ -158,16 +160,8 @@ def return_freed_memory() -> None:
     the interpreter: 0.1 to 0.3 ms when there is little to return, 4 to 9 ms after a policy was
     loaded.
     """
-    with suppress(OSError, AttributeError):  # the GNU C library alone has this
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def end_with(parent: int) -> None:
-    """Have this process end with the one that started it; Linux alone can do that."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    with suppress(AttributeError):  # the GNU C library alone has this
+        _C_LIBRARY.malloc_trim(0)
 
 
 def _be_nice() -> None:

@@ -10,6 +10,7 @@ weights along when it ends.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -17,6 +18,7 @@ import queue
 import signal
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -42,7 +44,7 @@ from tamiyo_svc.leyline.envelope import (
     parse_payload,
 )
 from tamiyo_svc.leyline.signing import Keyring
-from tamiyo_svc.service.courtesy import end_with, take_idle_time_only
+from tamiyo_svc.service.courtesy import take_idle_time_only
 from tamiyo_svc.service.loader_memory import bound_memory, keep_freed_memory
 from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction
 
@@ -55,6 +57,8 @@ BUS_EXIT: Final = 3
 _BLOCK_MS: Final = 5_000
 # An update is held about so many times over while it is read and examined.
 _COPIES: Final = 6
+# From prctl.h.
+_PR_SET_PDEATHSIG: Final = 1
 # The signature and the names of the fields.
 _FRAME_BYTES: Final = 1024
 _REASONS: Final = {
@@ -208,7 +212,7 @@ def _find_apart(request: LoaderRequest) -> Finding:
     if child == 0:
         code = 1
         try:
-            end_with(parent)
+            _end_with(parent)
             keep_freed_memory()
             with open(sender, "w") as pipe:
                 try:
@@ -353,6 +357,14 @@ def _refused(finding: Finding, reason: str, detail: str) -> Finding:
 def _say(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+def _end_with(parent: int) -> None:
+    """Have this process end with the one that started it; Linux alone can do that."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _follow_parent(requests: queue.SimpleQueue[str]) -> None:
