@@ -35,8 +35,10 @@ _DTYPES: Final = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_PART_BYTES: Final = 128 << 10
-"""What is given back or written at once."""
+# What is written or given back at once: the kernel takes 3.5 ms to write 1 MiB, and 0.01 ms to
+# take it back.
+_WRITTEN_BYTES: Final = 128 << 10
+_GIVEN_BACK_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,8 @@ class PolicyStore:
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         with temporary.open("wb") as file:
             # A process cannot be stopped within a write.
-            for start in range(0, len(data), _PART_BYTES):
-                file.write(memoryview(data)[start : start + _PART_BYTES])
+            for start in range(0, len(data), _WRITTEN_BYTES):
+                file.write(memoryview(data)[start : start + _WRITTEN_BYTES])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.folder / name)
@@ -163,8 +165,9 @@ class PolicyStore:
         """
         memory = self._mapped.get(policy.network)
         if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
-            for start in range(0, len(memory), _PART_BYTES):
-                memory.madvise(mmap.MADV_DONTNEED, start, min(_PART_BYTES, len(memory) - start))
+            for start in range(0, len(memory), _GIVEN_BACK_BYTES):
+                length = min(_GIVEN_BACK_BYTES, len(memory) - start)
+                memory.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 def _map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], mmap.mmap]:

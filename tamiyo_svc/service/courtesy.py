@@ -31,8 +31,8 @@ _PATIENCE_S: Final = 0.02
 _TURN_S: Final = 0.002
 # A process has caches and page tables to come back to, which is worth a longer turn.
 _PROCESS_TURN_S: Final = 0.005
-# A look costs 0.2 ms, and what it returns is taken anew if it is needed again.
-_RETURN_EVERY_S: Final = 0.02
+# Who needs memory meanwhile may have to wait, and what is returned is taken anew.
+_RETURN_EVERY_S: Final = 0.1
 _C_LIBRARY: Final = ctypes.CDLL(None)
 
 
