@@ -18,9 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +31,7 @@ import torch
 from redis import Redis
 
 from benchmarks import workload
+from benchmarks.kernel_record import ASLEEP, NO_CORE, READY, RUNS, Record, recording
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.adapters.oona.policy_stream import open_stream, publish_update, read_statuses
 from tamiyo_svc.cli.bench import Load, VirtualTrainer
@@ -42,7 +45,7 @@ from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.checkpoint import write_policy
 from tamiyo_svc.policy.evaluator import build_policy
 from tamiyo_svc.service.courtesy import take_idle_time_only
-from tamiyo_svc.taxonomy import Event
+from tamiyo_svc.taxonomy import Event, Stage
 
 _RATE_PER_S: Final = 50.0
 _BUDGET_MS: Final = 5.0
@@ -52,16 +55,32 @@ _PATIENCE_S: Final = 120.0
 _POLL_S: Final = 0.1
 _STREAM: Final = "oona.policy"
 _LATE: Final = {Event.TIMEOUT_INFERENCE.value, Event.LANE_BUSY.value}
+_NEXT_TO_NOTHING_MS: Final = 0.05
+
+LOADER, POLICY, PUBLISHER, REDIS = "loader", "policy thread", "publisher", "redis-server"
+MACHINE: Final = "the machine"
+"""An idle core that has yet to begin."""
+BY_UPDATE: Final = (LOADER, POLICY, REDIS)
+"""What an update makes a decision wait for, Redis for simplicity always."""
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one telemetry packet says of a decision; its time is when Redis took it."""
+    """What one telemetry packet says of a decision; its time is when Redis took it.
+
+    `edges_s` are the wall-clock times at which it was read, given to the network, back and ready.
+    """
 
     at_s: float
     step_ms: float
     stages_ms: dict[str, float]
     events: frozenset[str]
+    edges_s: tuple[float, float, float, float]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it was over the budget or had to do without the network."""
+        return self.step_ms > _BUDGET_MS or bool(_LATE & self.events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +94,42 @@ class Update:
     took_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that was measured."""
+
+    pid: int
+    publisher: int
+    updates: list[Update]
+    controls: list[tuple[float, float]]
+    told: list[Told]
+    resident_mb: dict[str, dict[str, int]]
+    clock_offset_s: float
+    """What the wall clock shows more than the monotonic one."""
+    update_mb: float
+
+
 def main() -> None:
     """Measure and print one JSON document."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--updates", type=int, default=5)
     arguments.add_argument("--seconds", type=float, default=8.0, help="of each control window")
+    arguments.add_argument("--record", action="store_true", help="what late decisions waited for")
     chosen = arguments.parse_args()
     sys.setswitchinterval(5e-4)
     torch.set_num_threads(1)
     secret = secrets.token_hex(32)
-    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis() as server:
-        port = free_port(0)
+    redis_port, port = free_port(0), free_port(0)
+    # As between containers, not over the socket that `server.url` names.
+    url = f"redis://127.0.0.1:{redis_port}"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddedRedis(port=redis_port),
+        recording() if chosen.record else nullcontext() as record,
+    ):
         environment = {
             **os.environ,
-            "REDIS_URL": server.url,
+            "REDIS_URL": url,
             "ESPER_LEYLINE_SECRET": secret,
             "URZA_DATABASE_URL": f"sqlite:///{workload.CATALOG}",
             "TAMIYO_STATE_DIR": folder,
@@ -102,17 +143,21 @@ def main() -> None:
         }
         log_file = Path(folder, "service.log")
         with child_service(environment, log_file, f"http://127.0.0.1:{port}") as service:
-            figures = _measure(server.url, secret, service.pid, chosen.updates, chosen.seconds)
+            run = _measure(url, secret, service.pid, chosen.updates, chosen.seconds)
             stop(service)
-    print(json.dumps(figures, indent=1))
+    print(json.dumps(_figures(run, record), indent=1))
 
 
-def _measure(url: str, secret: str, pid: int, count: int, seconds: float) -> dict[str, Any]:
+def _measure(url: str, secret: str, pid: int, count: int, seconds: float) -> Run:
     keyring = Keyring(secret.encode())
     resident = {"started": _resident_mb(pid)}
     controls: list[tuple[float, float]] = []
     updates: list[Update] = []
-    with Redis.from_url(url) as redis, _publisher(url, secret) as publisher, _load(url, keyring):
+    with (
+        Redis.from_url(url) as redis,
+        _publisher(url, secret) as (publisher_pid, publisher),
+        _load(url, keyring),
+    ):
         for turn in range(1, count + 1):
             version = f"full-{turn}"
             publisher.send(version)
@@ -132,16 +177,16 @@ def _measure(url: str, secret: str, pid: int, count: int, seconds: float) -> dic
             updates.append(Update(version, published_s, publish_ms, applied_s, took_ms))
             resident[f"after {turn}"] = _resident_mb(pid)
         told = list(_telemetry(redis, keyring))
-    windows = [(update.published_s, update.applied_s + _AFTERMATH_S) for update in updates]
-    return {
-        "machine": machine(),
-        "update_mb": round(size / 1e6, 1),
-        "publish_ms": [round(update.publish_ms) for update in updates],
-        "applied_after_ms": [round(update.took_ms) for update in updates],
-        "control": _figures(told, controls),
-        "during": _figures(told, windows),
-        "resident_mb": resident,
-    }
+    return Run(
+        pid=pid,
+        publisher=publisher_pid,
+        updates=updates,
+        controls=controls,
+        told=told,
+        resident_mb=resident,
+        clock_offset_s=time.time() - time.monotonic(),
+        update_mb=round(size / 1e6, 1),
+    )
 
 
 def _publish(url: str, secret: str, pipe: Connection) -> None:
@@ -167,13 +212,14 @@ def _publish(url: str, secret: str, pipe: Connection) -> None:
 
 
 @contextmanager
-def _publisher(url: str, secret: str) -> Iterator[Connection]:
+def _publisher(url: str, secret: str) -> Iterator[tuple[int, Connection]]:
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_publish, args=(url, secret, there))
     process.start()
+    assert process.pid is not None
     try:
-        yield here
+        yield process.pid, here
         here.send(None)
         process.join()
     finally:
@@ -243,40 +289,160 @@ def _telemetry(redis: Redis, keyring: Keyring) -> Iterator[Told]:
                 "forward": values.get("tamiyo.gnn.inference.latency_ms", -1.0),
             }
             events = frozenset(event.description for event in packet.events)
-            yield Told(at_s, step_ms, stages_ms, events)
+            yield Told(at_s, step_ms, stages_ms, events, _edges_s(packet))
 
 
-def _figures(told: list[Told], windows: list[tuple[float, float]]) -> dict[str, Any]:
+def _edges_s(packet: leyline.TelemetryPacket) -> tuple[float, float, float, float]:
+    spans = {span.name: span for span in packet.spans}
+    decode, risk = spans[f"tamiyo.{Stage.DECODE}"], spans[f"tamiyo.{Stage.RISK}"]
+    read, infer, back, ready = (
+        moment.ToNanoseconds() / 1e9
+        for moment in (decode.start_time, decode.end_time, risk.start_time, risk.end_time)
+    )
+    return read, infer, back, ready
+
+
+def _figures(run: Run, record: Record | None) -> dict[str, Any]:
+    blame = None if record is None else Blame.of(record, run.pid, run.publisher)
+    windows = [(update.published_s, update.applied_s + _AFTERMATH_S) for update in run.updates]
+    return {
+        "machine": machine(),
+        "update_mb": run.update_mb,
+        "publish_ms": [round(update.publish_ms) for update in run.updates],
+        "applied_after_ms": [round(update.took_ms) for update in run.updates],
+        "control": _of_windows(run, run.controls, blame),
+        "during": _of_windows(run, windows, blame),
+        "resident_mb": run.resident_mb,
+    }
+
+
+def _of_windows(
+    run: Run, windows: list[tuple[float, float]], blame: Blame | None
+) -> dict[str, Any]:
     """Latencies of the decisions in some windows, and where in them the late ones lie, with those
     that had to do without the network.
     """
     chosen = [
         (round((each.at_s - start_s) * 1e3), each)
         for start_s, end_s in windows
-        for each in told
+        for each in run.told
         if start_s <= each.at_s < end_s
     ]
     steps_ms = Distribution.of([each.step_ms for _, each in chosen])
-    late = [
-        (at_ms, each) for at_ms, each in chosen if each.step_ms > _BUDGET_MS or _LATE & each.events
-    ]
-    return {
+    figures: dict[str, Any] = {
         "decisions": steps_ms.count,
         "p50_ms": round(steps_ms.p50, 2),
         "p99_ms": round(steps_ms.p99, 2),
         "max_ms": round(steps_ms.worst, 2),
         "over_budget": sum(each.step_ms > _BUDGET_MS for _, each in chosen),
         "without_network": sum(bool(_LATE & each.events) for _, each in chosen),
+    }
+    spent = [
+        blame.spent(tuple(edge_s - run.clock_offset_s for edge_s in each.edges_s))
+        if blame is not None
+        else {}
+        for _, each in chosen
+    ]
+    if blame is not None:
+        figures["lost_events"] = blame.record.lost
+        ran_ms = Distribution.of([each.get(RUNS, 0.0) for each in spent])
+        figures |= {"ran_p50_ms": round(ran_ms.p50, 2), "ran_p99_ms": round(ran_ms.p99, 2)}
+        figures["late_by_the_update"] = sum(
+            each.is_late and is_by_update(each.step_ms, where)
+            for (_, each), where in zip(chosen, spent, strict=True)
+        )
+        figures["mean_ms"] = {
+            name: round(sum(each.get(name, 0.0) for each in spent) / len(spent), 4)
+            for name in sorted({name for each in spent for name in each})
+        }
+    return figures | {
         "late": [
             {
                 "at_ms": at_ms,
                 "step_ms": round(each.step_ms, 1),
                 **{name: round(value, 1) for name, value in each.stages_ms.items()},
                 "events": sorted(_LATE & each.events),
+                **({"by_update": is_by_update(each.step_ms, where)} if blame is not None else {}),
+                "spent_ms": {name: round(value, 2) for name, value in sorted(where.items())},
             }
-            for at_ms, each in late
+            for (at_ms, each), where in zip(chosen, spent, strict=True)
+            if each.is_late
         ],
     }
+
+
+def is_by_update(step_ms: float, spent_ms: Mapping[str, float]) -> bool:
+    """Whether a late decision would have been in time but for what the update made it wait.
+
+    One that had no answer of the network in time would have had it by so much earlier; that this
+    is too little is not known unless it is next to nothing.
+    """
+    waited_ms = sum(spent_ms.get(name, 0.0) for name in BY_UPDATE)
+    return waited_ms > _NEXT_TO_NOTHING_MS and step_ms - waited_ms <= _BUDGET_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Says from the kernel's record what a decision spent its time on."""
+
+    record: Record
+    loop: int
+    lane: int
+    policy: frozenset[int]
+    who: dict[int, str]
+    """What to call the threads that are in the way."""
+
+    @classmethod
+    def of(cls, record: Record, service: int, publisher: int) -> Blame:
+        """Tell the service's threads apart: by priority, and the lane by how much it ran."""
+        own = {thread for thread, process in record.process_of.items() if process == service}
+        policy = own & record.nice
+        loader = record.family(service) - {service}
+        who = {
+            **{
+                thread: LOADER if process in loader else PUBLISHER
+                for thread, process in record.process_of.items()
+                if process in loader or process == publisher
+            },
+            **dict.fromkeys(own, "service"),
+            **dict.fromkeys(policy, POLICY),
+            0: MACHINE,
+        }
+        lane = record.busiest(own - policy - {service})
+        return cls(record, service, lane, frozenset(policy), who)
+
+    def spent(self, edges_s: tuple[float, ...]) -> dict[str, float]:
+        """Milliseconds of a decision by what it did or waited for.
+
+        From the second to the third edge the lane has it, or the loop while the lane sleeps.
+        """
+        read_s, infer_s, back_s, ready_s = edges_s
+        spent: dict[str, float] = defaultdict(float)
+        watched = {self.loop, self.lane, *self.policy}
+        times = {infer_s, back_s, *self.record.changes(watched, read_s, ready_s)}
+        for core in self.record.on_core:
+            times.update(self.record.switches(core, read_s, ready_s))
+        for start_s, end_s in pairwise(sorted(times)):
+            middle_s = (start_s + end_s) / 2
+            state, core = self.record.state(self.loop, middle_s)
+            if infer_s <= middle_s < back_s:
+                lane = self.record.state(self.lane, middle_s)
+                state, core = (state, core) if lane[0] == ASLEEP else lane
+            spent[self._name(state, core, middle_s)] += (end_s - start_s) * 1e3
+        return dict(spent)
+
+    def _name(self, state: str, core: int, at_s: float) -> str:
+        if state == READY:
+            if core == NO_CORE:
+                return MACHINE
+            thread = self.record.occupant(core, at_s)
+            return self.who.get(thread) or self.record.names.get(thread, str(thread))
+        if state == ASLEEP and any(
+            self.record.state(thread, at_s)[0] != ASLEEP for thread in self.policy
+        ):
+            # For the interpreter, perhaps, or a lock of the allocator's.
+            return POLICY
+        return state
 
 
 def _resident_mb(pid: int) -> dict[str, int]:

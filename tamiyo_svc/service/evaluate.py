@@ -349,7 +349,7 @@ class PacketPath:
         ready: float,
     ) -> list[Span]:
         """The stages of this decision and the commit of the one before."""
-        wall_offset_ns = decision.now_ns - int(ready * 1e9)
+        wall_offset_ns = self._wall_clock_ns() - int(self._clock() * 1e9)
         edges = [(Stage.DECODE, read_at, infer_started)]
         if decision.proposal is not None:
             built = infer_started + decision.proposal.build_ms / 1e3

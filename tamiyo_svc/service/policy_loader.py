@@ -44,7 +44,7 @@ from tamiyo_svc.leyline.envelope import (
     parse_payload,
 )
 from tamiyo_svc.leyline.signing import Keyring
-from tamiyo_svc.service.courtesy import take_idle_time_only
+from tamiyo_svc.service.courtesy import ThreadTurns, take_idle_time_only
 from tamiyo_svc.service.loader_memory import bound_memory, keep_freed_memory
 from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction
 
@@ -266,9 +266,11 @@ def _entry_to_come(redis: Redis, request: LoaderRequest) -> Entry | None:
     One that is too much ends this process, and is there when the next one looks.
     """
     _say({"kind": "waiting", "after": request.after})
-    entry = await_next(
-        redis, request.stream, request.after, _BLOCK_MS, lambda: _say({"kind": "coming"})
-    )
+    # Redis sends as long as somebody takes: up to 80 ms in which it answers nobody else.
+    with ThreadTurns().standing_back():
+        entry = await_next(
+            redis, request.stream, request.after, _BLOCK_MS, lambda: _say({"kind": "coming"})
+        )
     if entry is not None:
         _say({"kind": "reading", "entry_id": entry.entry_id, "is_apart": True})
     return entry
