@@ -152,8 +152,8 @@ def _read(record: Record) -> None:
         for line in lines:
             found = _LINE.match(line)
             if found is not None:
-                thread, core, at_s, kind, rest = found.groups()
-                _runs(record, int(thread), int(core), float(at_s))
+                runner, core, at_s, kind, rest = found.groups()
+                _runs(record, int(runner), int(core), float(at_s))
                 _note(record, int(core), float(at_s), kind, rest)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +22,15 @@ from torch import Tensor
 
 from tamiyo_svc.graph.graph import PACKED_WIDTH, Floats, Graph, Topology
 from tamiyo_svc.graph.schema import NODE_TYPES, RELATIONS
-from tamiyo_svc.policy.folding import FoldedWeights, Outputs, read_outputs
+from tamiyo_svc.policy.folding import (
+    ATTENDED,
+    Affine,
+    FoldedWeights,
+    Outputs,
+    read_outputs,
+)
 from tamiyo_svc.policy.layout import RELATIONS_INTO, Slots, lay_out_slots
+from tamiyo_svc.policy.network import NetworkConfig
 from tamiyo_svc.taxonomy import WeightDtype
 
 SOURCE: Final = Path(__file__).with_name("compiled.cpp")
@@ -32,6 +39,18 @@ SOURCE: Final = Path(__file__).with_name("compiled.cpp")
 _MAX_PLANS: Final = 256
 _ALIGNMENT: Final = 64
 _LARGEST_FP16: Final = float(np.finfo(np.float16).max)
+# What is copied at once: some 0.05 ms, after which a thread that stands back gets to do so.
+_COPIED_BYTES: Final = 128 << 10
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+# Names of the wide projections by layer and type; empty where a layer computes none.
+_SAGE: Final = tuple(tuple(f"sage.{place}.{kind}" for kind in NODE_TYPES) for place in range(2))
+_GAT: Final = tuple(
+    tuple(f"gat.{place}.{kind}" if kind in kinds else "" for kind in NODE_TYPES)
+    for place, kinds in enumerate(ATTENDED)
+)
 
 
 class _Matrix(ctypes.Structure):
@@ -95,6 +114,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
+        self.path = path
         self.evaluate = library.tamiyo_evaluate
         self.evaluate.argtypes = [ctypes.c_void_p] * 6
         self.evaluate.restype = None
@@ -102,6 +122,23 @@ class Library:
         self.touch.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
         self.touch.restype = ctypes.c_uint32
         self.panel = int(library.tamiyo_panel())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """Folded weights in the order and the formats in which they are read.
+
+    Of a matrix there are `panels` (panels, in, panel) and `bias` (out).
+    """
+
+    config: NetworkConfig
+    columns: Mapping[str, slice]
+    arrays: Arrays
+
+    def release(self) -> None:
+        """Free the arrays one by one; together they would keep the interpreter."""
+        while self.arrays:
+            self.arrays.popitem()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,45 +160,41 @@ class CompiledNetwork:
     """
 
     def __init__(
-        self, library: Library, weights: FoldedWeights, dtype: WeightDtype = WeightDtype.FP32
+        self,
+        library: Library,
+        weights: FoldedWeights | PackedWeights,
+        dtype: WeightDtype = WeightDtype.FP32,
     ) -> None:
-        config = weights.config
+        """Take folded weights in a format, or packed ones in theirs."""
+        packed = (
+            weights if isinstance(weights, PackedWeights) else pack(weights, library.panel, dtype)
+        )
+        config, arrays = packed.config, packed.arrays
         self.config = config
         self._library = library
-        self._columns = weights.columns
+        self._columns = packed.columns
         self._parameters = config.param_vector_dim
-        self._deep_width = len(weights.hidden_heads.bias)
+        self._deep_width = len(arrays["hidden_heads.bias"])
         self._kept: list[object] = []
-        wide = [
-            affine
-            for layer in (*weights.sage, *(layer.projections for layer in weights.gat))
-            for affine in layer.values()
-        ]
-        self._block = _Block(sum(_panel_bytes(a.weight, library.panel, dtype) for a in wide))
+        wide = [name for names in (*_SAGE, *_GAT) for name in names if name]
+        self._block = _Block(sum(_aligned(arrays[f"{name}.panels"].nbytes) for name in wide))
         sage = self._array(
-            _Matrix,
-            [
-                self._matrix(layer[kind].weight, layer[kind].bias, dtype)
-                for layer in weights.sage
-                for kind in NODE_TYPES
-            ],
+            _Matrix, [self._matrix(arrays, name, is_wide=True) for names in _SAGE for name in names]
         )
-        gat = []
-        for layer in weights.gat:
-            zero = torch.zeros(layer.scores.shape[1])
-            projections = [
-                self._matrix(affine.weight, affine.bias, dtype)
-                if (affine := layer.projections.get(kind)) is not None
-                else _Matrix()
-                for kind in NODE_TYPES
-            ]
-            gat.append(
-                _AttentionLayer(
-                    self._matrix(layer.scores.T, zero),
-                    self._floats(layer.edges),
-                    self._array(_Matrix, projections),
-                )
+        gat = [
+            _AttentionLayer(
+                self._matrix(arrays, f"gat.{place}.scores"),
+                self._keep(arrays[f"gat.{place}.edges"].copy()),
+                self._array(
+                    _Matrix,
+                    [
+                        self._matrix(arrays, name, is_wide=True) if name else _Matrix()
+                        for name in names
+                    ],
+                ),
             )
+            for place, names in enumerate(_GAT)
+        ]
         relation_of = np.zeros((len(NODE_TYPES), len(RELATIONS)), np.int32)
         for place, kind in enumerate(NODE_TYPES):
             relation_of[place, : len(RELATIONS_INTO[kind])] = RELATIONS_INTO[kind]
@@ -172,19 +205,19 @@ class CompiledNetwork:
             sage_width=config.sage_hidden_dim,
             gat_width=config.gat_hidden_dim,
             heads=config.attention_heads,
-            hidden_column=weights.columns["hidden"].start,
+            hidden_column=packed.columns["hidden"].start,
             fan_in=self._integers([len(RELATIONS_INTO[kind]) for kind in NODE_TYPES]),
             relation_of=self._integers(relation_of),
-            encoder=self._matrix(weights.encoder.T, torch.zeros(config.sage_hidden_dim)),
-            scale=self._floats(weights.scale),
-            shift=self._floats(weights.shift),
+            encoder=self._matrix(arrays, "encoder"),
+            scale=self._keep(arrays["scale"].copy()),
+            shift=self._keep(arrays["shift"].copy()),
             sage=sage,
             gat=self._array(_AttentionLayer, gat),
-            node_heads=self._matrix(weights.node_heads.weight, weights.node_heads.bias),
-            hidden_heads=self._matrix(weights.hidden_heads.weight, weights.hidden_heads.bias),
+            node_heads=self._matrix(arrays, "node_heads"),
+            hidden_heads=self._matrix(arrays, "hidden_heads"),
         )
         self._address = ctypes.addressof(self._network)
-        self._head_width = len(weights.node_heads.bias)
+        self._head_width = len(arrays["node_heads.bias"])
         self._plans: OrderedDict[tuple[Topology, ...], _Planned] = OrderedDict()
 
     @property
@@ -237,23 +270,14 @@ class CompiledNetwork:
             self._plans.popitem(last=False)
         return planned
 
-    def _matrix(self, weight: Tensor, bias: Tensor, dtype: WeightDtype | None = None) -> _Matrix:
-        """A matrix from (out, in) weights; those with a `dtype` go into the block."""
-        panels = _panels(weight, self._library.panel)
-        stored = panels if dtype is None else panels.astype(_format(weight, dtype))
-        if dtype is not None:
-            address = self._block.append(stored)
-        else:
-            self._kept.append(stored)
-            address = _address(stored)
-        padded = np.zeros(panels.shape[0] * self._library.panel, np.float32)
-        padded[: len(bias)] = bias.numpy()
-        self._kept.append(padded)
-        is_fp16 = stored.dtype == np.float16
-        return _Matrix(address, _address(padded), weight.shape[1], weight.shape[0], is_fp16)
-
-    def _floats(self, values: Tensor) -> int:
-        return self._keep(values.contiguous().numpy())
+    def _matrix(self, arrays: Arrays, name: str, *, is_wide: bool = False) -> _Matrix:
+        """A matrix; a wide one goes into the block."""
+        panels, bias = arrays[f"{name}.panels"], arrays[f"{name}.bias"]
+        address = self._block.append(panels) if is_wide else self._keep(panels.copy())
+        padded = np.zeros(panels.shape[0] * panels.shape[2], np.float32)
+        padded[: len(bias)] = bias
+        is_fp16 = panels.dtype == np.float16
+        return _Matrix(address, self._keep(padded), panels.shape[1], len(bias), is_fp16)
 
     def _integers(self, values: npt.ArrayLike) -> int:
         return self._keep(np.ascontiguousarray(values, np.int32))
@@ -285,8 +309,45 @@ class _Block:
     def append(self, array: npt.NDArray[Any]) -> int:
         """Copy an array behind what is there and return its address."""
         start, self._filled = self._filled, self._filled + _aligned(array.nbytes)
-        self._bytes[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        source = array.reshape(-1).view(np.uint8)
+        for place in range(0, array.nbytes, _COPIED_BYTES):
+            self._copy(source[place : place + _COPIED_BYTES], start + place)
         return self.address + start
+
+    def _copy(self, source: npt.NDArray[np.uint8], start: int) -> None:
+        self._bytes[start : start + len(source)] = source
+
+
+def pack(weights: FoldedWeights, panel: int, dtype: WeightDtype) -> PackedWeights:
+    """Pack folded weights for a library's width of panels; nothing is shared with them.
+
+    The wide projections are stored as `dtype`, unless they hold what float16 would turn into
+    infinity.
+    """
+    arrays: Arrays = {}
+
+    def add(name: str, affine: Affine, dtype: WeightDtype = WeightDtype.FP32) -> None:
+        stored = _format(affine.weight, dtype)
+        arrays[f"{name}.panels"] = _panels(affine.weight, panel).astype(stored, copy=False)
+        arrays[f"{name}.bias"] = affine.bias.numpy().copy()
+
+    for names, sage in zip(_SAGE, weights.sage, strict=True):
+        for name, kind in zip(names, NODE_TYPES, strict=True):
+            add(name, sage[kind], dtype)
+    for place, (names, gat) in enumerate(zip(_GAT, weights.gat, strict=True)):
+        for name, kind in zip(names, NODE_TYPES, strict=True):
+            if name:
+                add(name, gat.projections[kind], dtype)
+        scores = gat.scores.T
+        add(f"gat.{place}.scores", Affine(scores, torch.zeros(len(scores))))
+        arrays[f"gat.{place}.edges"] = gat.edges.contiguous().numpy().copy()
+    encoder = weights.encoder.T
+    add("encoder", Affine(encoder, torch.zeros(len(encoder))))
+    add("node_heads", weights.node_heads)
+    add("hidden_heads", weights.hidden_heads)
+    arrays["scale"] = weights.scale.numpy().copy()
+    arrays["shift"] = weights.shift.numpy().copy()
+    return PackedWeights(weights.config, weights.columns, arrays)
 
 
 def _panels(weight: Tensor, panel: int) -> Floats:
@@ -296,11 +357,6 @@ def _panels(weight: Tensor, panel: int) -> Floats:
     padded = np.zeros((count * panel, inputs), np.float32)
     padded[:outputs] = weight.numpy()
     return np.ascontiguousarray(padded.reshape(count, panel, inputs).transpose(0, 2, 1))
-
-
-def _panel_bytes(weight: Tensor, panel: int, dtype: WeightDtype) -> int:
-    outputs, inputs = weight.shape
-    return _aligned(-(-outputs // panel) * panel * inputs * _format(weight, dtype).itemsize)
 
 
 def _format(weight: Tensor, dtype: WeightDtype) -> np.dtype[Any]:

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from tamiyo_svc.errors import InferenceError, in_brief
 from tamiyo_svc.graph.graph import Graph
+from tamiyo_svc.policy.compiled import Library, PackedWeights
 from tamiyo_svc.policy.folded import FoldedNetwork, fold
 from tamiyo_svc.policy.folding import Outputs
 from tamiyo_svc.policy.network import TamiyoNetwork
@@ -38,11 +39,16 @@ class Touchable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One way to run a network; `build` may take long and may fail in any way."""
+    """One way to run a network; `build` may take long and may fail in any way.
+
+    `library` is what another process needs to pack weights for `build_packed`, which is quick.
+    """
 
     device: str
     is_compiled: bool
     build: Callable[[TamiyoNetwork], Engine]
+    build_packed: Callable[[PackedWeights], Engine] | None = None
+    library: Library | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,27 @@ class Engines:
         self._lock = threading.Lock()
         self._level = 0
         self._built: WeakKeyDictionary[TamiyoNetwork, dict[int, Engine]] = WeakKeyDictionary()
+        # Networks whose engine was found to agree with the folded one where it was packed.
+        self._adopted: WeakSet[TamiyoNetwork] = WeakSet()
         self.status = EngineStatus(forms[0].device, forms[0].is_compiled)
+
+    @property
+    def library(self) -> Library | None:
+        """What weights can be packed for, if the serving form takes packed ones."""
+        return self._forms[self._level].library
+
+    def adopt(self, network: TamiyoNetwork, packed: PackedWeights) -> None:
+        """Take a network's weights packed for the serving form, and checked, instead of building
+        its engine. Another form takes no notice.
+        """
+        level = self._level
+        build = self._forms[level].build_packed
+        if build is None:
+            return
+        engine = build(packed)
+        with self._lock:
+            self._built.setdefault(network, {})[level] = engine
+            self._adopted.add(network)
 
     def evaluate(self, network: TamiyoNetwork, graphs: Sequence[Graph]) -> list[Outputs]:
         """Outputs of every graph.
@@ -116,7 +142,8 @@ class Engines:
     ) -> None:
         """Build and run the serving form once on minimal batches; `clock` is in seconds.
 
-        A form that disagrees with the folded network is given up like one that raises.
+        A form that disagrees with the folded network is given up like one that raises. Weights that
+        came packed have been compared already.
 
         Raises:
             Whatever the last form raises when no form can answer.
@@ -131,7 +158,7 @@ class Engines:
                     engine.warm_up(_WARM_UP_NODES)
                 outputs = [engine.evaluate(graphs) for graphs in batches]
                 warm_ms = (clock() - started) * 1e3
-                if not isinstance(engine, FoldedNetwork):
+                if not isinstance(engine, FoldedNetwork) and network not in self._adopted:
                     folded = fold(network)
                     for mine, graphs in zip(outputs, batches, strict=True):
                         _check(mine, folded.evaluate(graphs))

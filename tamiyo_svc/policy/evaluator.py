@@ -16,6 +16,7 @@ from tamiyo_svc.graph.builder import GraphBuilder
 from tamiyo_svc.graph.graph import Graph
 from tamiyo_svc.graph.normalizer import Statistics
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.policy.compiled import PackedWeights
 from tamiyo_svc.policy.engines import Engines
 from tamiyo_svc.policy.folding import Outputs
 from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork, bootstrap, untrained
@@ -66,6 +67,10 @@ class PolicyEvaluator:
         self._builder = builder
         self._threads = threads
         self._clock = clock
+
+    def adopt(self, packed: PackedWeights) -> None:
+        """Take the policy's weights as another process packed and checked them."""
+        self._engines.adopt(self.policy.network, packed)
 
     def warm_up(self, policy: Policy | None = None) -> None:
         """Run a policy, by default the serving one, on minimal graphs.

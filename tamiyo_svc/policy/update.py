@@ -23,6 +23,14 @@ _REMEMBERED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
+class PackedFile:
+    """A file of packed weights; `digest` is the SHA-256 of its bytes, as hex."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class TakenUpdates:
     """What is remembered of the updates that were taken.
 

@@ -8,15 +8,20 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Final, TypeVar
 
+import structlog
+
 from tamiyo_svc.adapters.policy_store import KeptPolicy, PolicyStore
 from tamiyo_svc.errors import InferenceError, PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.evaluator import Policy, PolicyEvaluator
 from tamiyo_svc.policy.golden import sample_requests
+from tamiyo_svc.policy.update import PackedFile
 from tamiyo_svc.service.courtesy import ThreadTurns, courteous_executor
 from tamiyo_svc.taxonomy import PolicyRejection
 
 T = TypeVar("T")
+
+log = structlog.get_logger("tamiyo.candidates")
 
 _PROBE_RUNS: Final = 5
 
@@ -40,13 +45,15 @@ class Candidates:
         self.executor: Executor = courteous_executor("tamiyo-policy")
         self.turns = ThreadTurns()
 
-    async def prepare(self, kept: KeptPolicy) -> Policy:
+    async def prepare(self, kept: KeptPolicy, packed: PackedFile | None = None) -> Policy:
         """Load, fold, warm up and probe a policy.
+
+        Folding is left out where another process has left the weights `packed`.
 
         Raises:
             PolicyRejectedError: it cannot be loaded, fails, or is too slow at its best.
         """
-        return await self.run(lambda: self._prepare(kept))
+        return await self.run(lambda: self._prepare(kept, packed))
 
     def evaluator(self, policy: Policy) -> PolicyEvaluator:
         """What runs a policy in that thread; its times leave out those of standing back."""
@@ -68,7 +75,7 @@ class Candidates:
         self.turns.close()
         self.executor.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, kept: KeptPolicy) -> Policy:
+    def _prepare(self, kept: KeptPolicy, packed: PackedFile | None) -> Policy:
         # Looking through its 10,000 objects for garbage would keep the interpreter for
         # milliseconds, in whatever thread that began. They are freed by hand.
         gc.disable()
@@ -76,7 +83,7 @@ class Candidates:
             with self.turns.standing_back(frees_much=True):
                 policy = self._store.open(kept, self._vocabularies)
                 try:
-                    self._try(policy)
+                    self._try(policy, packed)
                 except PolicyRejectedError:
                     policy.network.release()
                     raise
@@ -86,7 +93,7 @@ class Candidates:
         finally:
             gc.enable()
 
-    def _try(self, policy: Policy) -> None:
+    def _try(self, policy: Policy, packed: PackedFile | None) -> None:
         """Warm a policy up and probe it.
 
         Raises:
@@ -94,6 +101,8 @@ class Candidates:
         """
         try:
             evaluator = self.evaluator(policy)
+            if packed is not None:
+                self._adopt(evaluator, packed)
             evaluator.warm_up()
             best_ms = _best_inference_ms(evaluator)
         except InferenceError as error:
@@ -103,6 +112,16 @@ class Candidates:
                 PolicyRejection.PROBE_FAILED,
                 f"an inference takes {best_ms:.1f} ms, the budget is {self._step_timeout_ms:g} ms",
             )
+
+    def _adopt(self, evaluator: PolicyEvaluator, file: PackedFile) -> None:
+        try:
+            packed = self._store.take_packed(file)
+        except (OSError, ValueError) as error:
+            # It takes longer without.
+            log.warning("policy.packed_weights_unusable", error=str(error))
+            return
+        evaluator.adopt(packed)
+        packed.release()
 
     def _free_soon(self) -> None:
         if not self._closed:

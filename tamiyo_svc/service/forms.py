@@ -12,7 +12,7 @@ import structlog
 import torch
 
 from tamiyo_svc.adapters.compiler import CompiledFormUnavailableError, load_compiled
-from tamiyo_svc.policy.compiled import CompiledNetwork, Library
+from tamiyo_svc.policy.compiled import CompiledNetwork, Library, PackedWeights
 from tamiyo_svc.policy.cuda import cuda_forms
 from tamiyo_svc.policy.engines import EAGER_CPU, Form
 from tamiyo_svc.policy.folding import fold_weights
@@ -75,7 +75,10 @@ def compiled_form(library: Library, dtype: WeightDtype) -> Form:
         weights.release()
         return compiled
 
-    return Form("cpu", is_compiled=True, build=build)
+    def build_packed(packed: PackedWeights) -> CompiledNetwork:
+        return CompiledNetwork(library, packed)
+
+    return Form("cpu", is_compiled=True, build=build, build_packed=build_packed, library=library)
 
 
 def _log_choices(choices: Mapping[Bucket, Choice]) -> None:

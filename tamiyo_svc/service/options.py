@@ -7,6 +7,7 @@ from dataclasses import asdict
 from tamiyo_svc.decision.blend import BlendOptions
 from tamiyo_svc.decision.command import CommandOptions
 from tamiyo_svc.graph.builder import GraphLimits
+from tamiyo_svc.policy.compiled import Library
 from tamiyo_svc.risk.breaker import BreakerPolicy
 from tamiyo_svc.service.intake import IntakeLimits
 from tamiyo_svc.service.outcomes import PathOptions
@@ -46,7 +47,7 @@ def intake_limits(settings: Settings) -> IntakeLimits:
     )
 
 
-def update_options(settings: Settings) -> UpdateOptions:
+def update_options(settings: Settings, library: Library | None = None) -> UpdateOptions:
     """The settings that policy updates look at."""
     secrets = None
     if settings.require_signatures:
@@ -63,6 +64,8 @@ def update_options(settings: Settings) -> UpdateOptions:
             verify_updates=settings.verify_updates,
             freshness_s=settings.update_freshness_s,
             limits=asdict(graph_limits(settings)),
+            library=str(library.path) if library is not None else "",
+            weight_dtype=settings.weight_dtype,
         ),
         replica=settings.consumer_name,
         step_timeout_ms=settings.step_timeout_ms,

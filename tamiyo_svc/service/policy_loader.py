@@ -15,14 +15,16 @@ import json
 import mmap
 import os
 import queue
+import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from redis import Redis
 
@@ -34,7 +36,7 @@ from tamiyo_svc.adapters.oona.policy_stream import (
     read_next,
     start_cursor,
 )
-from tamiyo_svc.errors import BusError, PolicyRejectedError
+from tamiyo_svc.errors import BusError, InferenceError, PolicyRejectedError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import (
     PAYLOAD_FIELD,
@@ -44,9 +46,15 @@ from tamiyo_svc.leyline.envelope import (
     parse_payload,
 )
 from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.policy.update import PackedFile, TakenUpdates, check_order, read_action
 from tamiyo_svc.service.courtesy import ThreadTurns, take_idle_time_only
 from tamiyo_svc.service.loader_memory import bound_memory, keep_freed_memory
-from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction
+from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction, WeightDtype
+
+if TYPE_CHECKING:
+    from tamiyo_svc.adapters.policy_store import PolicyStore
+    from tamiyo_svc.graph.builder import GraphBuilder
+    from tamiyo_svc.policy.evaluator import Policy
 
 MAX_UPDATE_BYTES: Final = 256 << 20
 """Largest entry of the policy stream that is taken."""
@@ -87,6 +95,11 @@ class LoaderRequest:
     digests: tuple[str, ...] = ()
     limits: dict[str, int] = field(default_factory=dict)
     max_bytes: int = MAX_UPDATE_BYTES
+    library: str = ""
+    """The compiled form to pack weights for, if the service takes packed ones."""
+    weight_dtype: str = WeightDtype.FP32
+    idle_patience_s: float = 45.0
+    """For how long an update may be examined in idle time only."""
 
     @classmethod
     def from_json(cls, text: str) -> LoaderRequest:
@@ -118,7 +131,14 @@ class Finding:
     issued_ns: int = 0
     file: str = ""
     digest: str = ""
+    packed_file: str = ""
+    packed_digest: str = ""
     golden: int = 0
+
+    @property
+    def packed(self) -> PackedFile | None:
+        """The weights as the service runs them, if it asked for that."""
+        return PackedFile(self.packed_file, self.packed_digest) if self.packed_file else None
 
 
 def examine(entry: Entry, request: LoaderRequest) -> Finding:
@@ -164,7 +184,7 @@ def main() -> int:
         try:
             if request.first:
                 request = _from_start(request)
-            finding = None if is_caught_up else _find(request, is_apart=False)
+            finding = None if is_caught_up else _find(request)
             if finding is None:
                 is_caught_up = True
                 finding = _find_apart(request)
@@ -180,16 +200,18 @@ def _from_start(request: LoaderRequest) -> LoaderRequest:
     return replace(request, after=after, first=False)
 
 
-def _find(request: LoaderRequest, *, is_apart: bool) -> Finding | None:
+def _find(request: LoaderRequest, on_reading: Callable[[], None] | None = None) -> Finding | None:
     """What the next entry is; a child waits for one, others return None when there is none.
+
+    A child says so when it begins to read.
 
     Raises:
         BusError: Redis did not answer.
     """
     with open_stream(request.redis_url) as redis:
-        entry = _entry_there(redis, request, is_apart)
-        while entry is None and is_apart:
-            entry = _entry_to_come(redis, request)
+        entry = _entry_there(redis, request, on_reading)
+        while entry is None and on_reading is not None:
+            entry = _entry_to_come(redis, request, on_reading)
     if entry is None or isinstance(entry, Finding):
         return entry
     return examine(entry, request)
@@ -199,13 +221,23 @@ def _find_apart(request: LoaderRequest) -> Finding:
     """Have a child find the next entry; if that ends badly, so does this process.
 
     The kernel does not stop a process while it takes memory back: 4 to 8 ms for 56 MB, 30 ms for
-    all that the child leaves. So the child frees nothing before its end, and then it runs only when
-    nobody else wants to. It has ended when this returns, for the service has its own share of the
-    work to do afterwards.
+    all that the child leaves. So the child frees nothing before its end. It runs when nobody else
+    wants to, for a core that has anybody else may not be given to the service for milliseconds; on
+    a machine that is never idle another child takes its place. It has ended when this returns, for
+    the service has its own share of the work to do afterwards.
 
     Raises:
         BusError: Redis did not answer.
     """
+    answer = _ask_child(request, in_idle_time=True) or _ask_child(request, in_idle_time=False)
+    assert answer is not None
+    if "bus" in answer:
+        raise BusError(answer["bus"])
+    return Finding(**answer["finding"])
+
+
+def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] | None:
+    """What a child found; None when the time it had for an update in idle time was too short."""
     receiver, sender = os.pipe()
     parent = os.getpid()
     child = os.fork()
@@ -214,30 +246,49 @@ def _find_apart(request: LoaderRequest) -> Finding:
         try:
             _end_with(parent)
             keep_freed_memory()
+            if in_idle_time:
+                take_idle_time_only()
             with open(sender, "w") as pipe:
-                try:
-                    finding = _find(request, is_apart=True)
-                    assert finding is not None
-                    json.dump({"finding": asdict(finding)}, pipe)
-                except BusError as error:
-                    json.dump({"bus": str(error)}, pipe)
+                _answer(request, pipe)
             code = 0
         finally:
             take_idle_time_only()
             os._exit(code)
     os.close(sender)
-    with open(receiver) as pipe:
+    with open(receiver, "rb", buffering=0) as pipe:
+        # The first line says that there is something to examine.
+        pipe.readline()
+        patience_s = request.idle_patience_s if in_idle_time else None
+        in_time = bool(select.select([pipe], [], [], patience_s)[0])
+        if not in_time:
+            os.kill(child, signal.SIGKILL)
         text = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not in_time:
+        return None
     if code:
         os._exit(abs(code))
     answer: dict[str, Any] = json.loads(text)
-    if "bus" in answer:
-        raise BusError(answer["bus"])
-    return Finding(**answer["finding"])
+    return answer
 
 
-def _entry_there(redis: Redis, request: LoaderRequest, is_apart: bool) -> Entry | Finding | None:
+def _answer(request: LoaderRequest, pipe: TextIO) -> None:
+    def on_reading() -> None:
+        pipe.write("reading\n")
+        pipe.flush()
+
+    try:
+        finding = _find(request, on_reading)
+        assert finding is not None
+        json.dump({"finding": asdict(finding)}, pipe)
+    except BusError as error:
+        on_reading()
+        json.dump({"bus": str(error)}, pipe)
+
+
+def _entry_there(
+    redis: Redis, request: LoaderRequest, on_reading: Callable[[], None] | None
+) -> Entry | Finding | None:
     """The next entry if it is there already, or why it is not read.
 
     It is measured first, for a client that runs out of memory tells it like an outage.
@@ -246,7 +297,9 @@ def _entry_there(redis: Redis, request: LoaderRequest, is_apart: bool) -> Entry 
     if measured is None:
         return None
     entry_id, size = measured
-    _say({"kind": "reading", "entry_id": entry_id, "is_apart": is_apart})
+    _say({"kind": "reading", "entry_id": entry_id, "is_apart": on_reading is not None})
+    if on_reading is not None:
+        on_reading()
     if size > request.max_bytes + _FRAME_BYTES:
         detail = f"the entry has {size} bytes, at most {request.max_bytes} are taken"
         return _refused(Finding(entry_id), PolicyRejection.PAYLOAD_TOO_LARGE, detail)
@@ -260,7 +313,9 @@ def _entry_there(redis: Redis, request: LoaderRequest, is_apart: bool) -> Entry 
     return read_next(redis, request.stream, request.after) or Finding(entry_id, ignored=True)
 
 
-def _entry_to_come(redis: Redis, request: LoaderRequest) -> Entry | None:
+def _entry_to_come(
+    redis: Redis, request: LoaderRequest, on_reading: Callable[[], None]
+) -> Entry | None:
     """The next entry if it comes soon.
 
     One that is too much ends this process, and is there when the next one looks.
@@ -273,6 +328,7 @@ def _entry_to_come(redis: Redis, request: LoaderRequest) -> Entry | None:
         )
     if entry is not None:
         _say({"kind": "reading", "entry_id": entry.entry_id, "is_apart": True})
+        on_reading()
     return entry
 
 
@@ -292,8 +348,6 @@ def _examine_update(
     known: Finding,
     request: LoaderRequest,
 ) -> Finding:
-    from tamiyo_svc.policy.update import TakenUpdates, check_order, read_action
-
     action = read_action(attributes)
     if request.verify_updates:
         taken = TakenUpdates(request.issued_ns, request.digests)
@@ -333,23 +387,53 @@ def _load(update: leyline.PolicyUpdate, known: Finding, request: LoaderRequest) 
     evaluator = PolicyEvaluator(builder, policy)
     replay_golden(evaluator, [(sample, {}) for sample in sample_requests()])
     replay_golden(evaluator, golden)
+    store = PolicyStore(Path(request.folder))
     try:
         # `created_at` is the maker's; the file is ours and needs none.
-        name = PolicyStore(Path(request.folder)).write(
+        name = store.write(
             policy.digest, write_policy(policy, Vocabularies(request.vocabularies), "")
         )
     except OSError as error:
         raise PolicyRejectedError(
             PolicyRejection.SWAP_FAILED, f"it cannot be kept: {error.strerror}"
         ) from error
+    packed = _packed(store, builder, policy, request) if request.library else None
     return replace(
         known,
         file=name,
         digest=policy.digest,
+        packed_file=packed.name if packed is not None else "",
+        packed_digest=packed.digest if packed is not None else "",
         golden=len(golden),
         policy_id=policy.policy_id,
         version=policy.version,
     )
+
+
+def _packed(
+    store: PolicyStore, builder: GraphBuilder, policy: Policy, request: LoaderRequest
+) -> PackedFile | None:
+    """Leave the weights as the service runs them, if they give what the folded ones do.
+
+    Without it the service packs them itself and finds out.
+    """
+    from tamiyo_svc.policy.compiled import CompiledNetwork, Library, pack
+    from tamiyo_svc.policy.engines import EAGER_CPU, Engines, Form
+    from tamiyo_svc.policy.evaluator import PolicyEvaluator
+    from tamiyo_svc.policy.folding import fold_weights
+
+    try:
+        library = Library(Path(request.library))
+        dtype = WeightDtype(request.weight_dtype)
+        packed = pack(fold_weights(policy.network), library.panel, dtype)
+        compiled = Form(
+            "cpu", is_compiled=True, build=lambda network: CompiledNetwork(library, packed)
+        )
+        engines = Engines([compiled, EAGER_CPU])
+        PolicyEvaluator(builder, policy, engines=engines).warm_up()
+        return None if engines.status.fallbacks else store.write_packed(policy.digest, packed)
+    except (InferenceError, OSError, AttributeError):
+        return None
 
 
 def _refused(finding: Finding, reason: str, detail: str) -> Finding:

@@ -215,7 +215,7 @@ class PolicyUpdates:
         if not finding.file:
             policy = replace(self._serving.policy, version=kept.version)
         else:
-            policy = await self._candidates.prepare(kept)
+            policy = await self._candidates.prepare(kept, finding.packed)
         await self._change_to(policy, self._manifest.with_current(kept), finding)
         self._applied(finding, policy)
 
@@ -230,7 +230,7 @@ class PolicyUpdates:
 
     async def _start_shadow(self, finding: Finding) -> None:
         kept = self._kept(finding)
-        policy = await self._candidates.prepare(kept)
+        policy = await self._candidates.prepare(kept, finding.packed)
         manifest = self._after(replace(self._manifest, shadow=kept), finding)
         await asyncio.to_thread(self._save, manifest)
         self._cast_shadow(kept, policy)

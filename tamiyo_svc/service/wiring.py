@@ -32,6 +32,7 @@ from tamiyo_svc.decision.record import PolicyIdentity, Runtime
 from tamiyo_svc.graph.builder import GraphBuilder
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.policy.compiled import Library
 from tamiyo_svc.policy.engines import Engines, EngineStatus
 from tamiyo_svc.policy.evaluator import Policy, PolicyEvaluator, PolicyRequest
 from tamiyo_svc.policy.proposal import Proposal
@@ -78,6 +79,7 @@ class _Mind:
     replica: ReplicaState
     catalog: UrzaCatalog
     lane: DeviceLane[PolicyRequest, Proposal]
+    library: Library | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ async def open_service(
             _notices(inbox),
         )
         updates = PolicyUpdates(
-            update_options(settings),
+            update_options(settings, mind.library),
             mind.store,
             mind.manifest,
             mind.serving,
@@ -250,7 +252,17 @@ def _make_mind(settings: Settings, metrics: Metrics, wrap_worker: WrapWorker) ->
         metrics,
         keep_warm,
     )
-    return _Mind(vocabularies, store, manifest, serving, make_evaluator, replica, catalog, lane)
+    return _Mind(
+        vocabularies,
+        store,
+        manifest,
+        serving,
+        make_evaluator,
+        replica,
+        catalog,
+        lane,
+        engines.library,
+    )
 
 
 def _replica_state(settings: Settings, policy: Policy, engine: EngineStatus) -> ReplicaState:
