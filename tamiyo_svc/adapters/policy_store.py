@@ -152,7 +152,7 @@ class PolicyStore:
         try:
             with path.open("rb") as source:
                 return _read_packed(source, file.digest)
-        except (PolicyRejectedError, KeyError, TypeError) as error:
+        except (PolicyRejectedError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file.name}: {error}") from error
         finally:
             path.unlink(missing_ok=True)

@@ -99,7 +99,7 @@ class LoaderRequest:
     """The compiled form to pack weights for, if the service takes packed ones."""
     weight_dtype: str = WeightDtype.FP32
     idle_patience_s: float = 45.0
-    """For how long an update may be examined in idle time only."""
+    """For how long an update is examined in idle time only; 0 for not at all."""
 
     @classmethod
     def from_json(cls, text: str) -> LoaderRequest:
@@ -258,8 +258,10 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
     with open(receiver, "rb", buffering=0) as pipe:
         # The first line says that there is something to examine.
         pipe.readline()
-        patience_s = request.idle_patience_s if in_idle_time else None
-        in_time = bool(select.select([pipe], [], [], patience_s)[0])
+        patience_s = request.idle_patience_s
+        in_time = not in_idle_time or (
+            patience_s > 0 and bool(select.select([pipe], [], [], patience_s)[0])
+        )
         if not in_time:
             os.kill(child, signal.SIGKILL)
         text = pipe.read()

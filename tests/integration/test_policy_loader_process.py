@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from redis import Redis
 from support.bus import SECRET
@@ -164,6 +165,30 @@ def test_once_it_has_waited_a_child_reads_every_entry(request_: LoaderRequest) -
         reading = answer()
         assert (reading["entry_id"], reading["is_apart"]) == (second, True)
         assert answer()["reason"] == PolicyRejection.INVALID_SIGNATURE
+
+
+def test_an_update_that_idle_time_is_too_short_for_is_examined_all_the_same(
+    request_: LoaderRequest,
+) -> None:
+    with loader_process() as (ask, answer, _):
+        ask(replace(request_, idle_patience_s=0.0))
+        assert answer()["kind"] == "waiting"
+        entry_id = add(request_.redis_url, 8)
+        assert answer()["kind"] == "coming"
+        assert answer()["kind"] == "reading"
+        again = answer()
+        assert (again["kind"], again["entry_id"]) == ("reading", entry_id)
+        assert answer()["reason"] == PolicyRejection.INVALID_SIGNATURE
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs a policy of Linux's")
+def test_updates_are_awaited_in_idle_time(request_: LoaderRequest) -> None:
+    with loader_process() as (ask, answer, pid):
+        ask(request_)
+        assert answer()["kind"] == "waiting"
+        (child,) = psutil.Process(pid).children()
+        assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
+        assert os.sched_getscheduler(pid) == os.SCHED_OTHER
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

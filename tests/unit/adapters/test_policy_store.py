@@ -7,14 +7,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.networks import random_network
 from support.policies import POLICY_ID, checkpoint, trained
 
 from tamiyo_svc.adapters.policy_store import KeptPolicy, Manifest, PolicyStore
 from tamiyo_svc.errors import PolicyRejectedError
 from tamiyo_svc.graph.vocabulary import Vocabularies
+from tamiyo_svc.policy.compiled import pack
 from tamiyo_svc.policy.evaluator import weights_digest
+from tamiyo_svc.policy.folding import fold_weights
+from tamiyo_svc.policy.network import NetworkConfig
 from tamiyo_svc.policy.update import TakenUpdates
+from tamiyo_svc.taxonomy import WeightDtype
+
+FP32 = WeightDtype.FP32
+_SMALL = NetworkConfig(sage_hidden_dim=8, gat_hidden_dim=4, attention_heads=2)
 
 
 def _kept(store: PolicyStore, value: float = 1.0) -> KeptPolicy:
@@ -137,3 +146,53 @@ def test_a_crash_while_saving_leaves_the_manifest_as_it_was(tmp_path: Path) -> N
     (store.folder / "manifest.json.99.tmp").write_text(json.dumps({"format": 1})[:5])
 
     assert store.load() == Manifest("1-0")
+
+
+@pytest.mark.parametrize("dtype", WeightDtype)
+def test_packed_weights_come_back_as_they_were_and_once(tmp_path: Path, dtype: WeightDtype) -> None:
+    store = PolicyStore(tmp_path)
+    packed = pack(fold_weights(random_network(NetworkConfig(), 3)), 16, dtype)
+
+    file = store.write_packed("digest", packed)
+    again = store.take_packed(file)
+
+    assert (again.config, again.columns) == (packed.config, packed.columns)
+    assert again.arrays.keys() == packed.arrays.keys()
+    for name, array in packed.arrays.items():
+        assert again.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(again.arrays[name], array)
+    with pytest.raises(FileNotFoundError):
+        store.take_packed(file)
+
+
+@pytest.mark.parametrize("place", [0, 9, 100, -1])
+def test_packed_weights_that_were_changed_are_not_taken(tmp_path: Path, place: int) -> None:
+    store = PolicyStore(tmp_path)
+    file = store.write_packed("digest", pack(fold_weights(random_network(_SMALL, 3)), 16, FP32))
+    path = store.folder / file.name
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(ValueError, match=file.name):
+        store.take_packed(file)
+    assert not path.exists()
+
+
+def test_packed_weights_that_end_early_are_not_taken(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    file = store.write_packed("digest", pack(fold_weights(random_network(_SMALL, 3)), 16, FP32))
+    path = store.folder / file.name
+    for size in (path.stat().st_size - 1, 20, 4, 0):
+        path.write_bytes(path.read_bytes()[:size] if path.exists() else bytes(size))
+        with pytest.raises(ValueError, match=file.name):
+            store.take_packed(file)
+
+
+def test_packed_weights_that_nobody_took_are_swept_away(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    store.write_packed("digest", pack(fold_weights(random_network(_SMALL, 3)), 16, FP32))
+
+    store.sweep(Manifest())
+
+    assert list(store.folder.iterdir()) == []

@@ -7,17 +7,21 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.networks import random_graph, random_network
 
+from tamiyo_svc.adapters.compiler import CompiledFormUnavailableError, load_compiled
 from tamiyo_svc.graph.graph import Graph
+from tamiyo_svc.policy.compiled import CompiledNetwork, PackedWeights, pack
 from tamiyo_svc.policy.engines import EAGER_CPU, Engines, EngineStatus, Form
 from tamiyo_svc.policy.folded import FoldedNetwork, fold
-from tamiyo_svc.policy.folding import Outputs
+from tamiyo_svc.policy.folding import Outputs, fold_weights
 from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork
+from tamiyo_svc.taxonomy import WeightDtype
 
 _CONFIG = NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1)
 _NETWORK = random_network(_CONFIG, 1)
@@ -243,3 +247,48 @@ def test_whatever_fails_the_last_form_answers_and_every_fall_is_counted_once(
         assert engines.status.is_compiled == (level == 0)
         assert engines.status.device == ("cuda", "cuda", "cpu")[level]
     assert [status.fallbacks for status in heard] == sorted({s.fallbacks for s in heard})
+
+
+def test_weights_that_came_packed_and_checked_need_no_building(
+    packed_form: tuple[Form, PackedWeights],
+) -> None:
+    form, packed = packed_form
+    engines = Engines([form, EAGER_CPU])
+    network = random_network(_CONFIG, 1)
+
+    engines.adopt(network, packed)
+    packed.release()
+    engines.warm_up(network, [[_GRAPH]], ticking())
+    (outputs,) = engines.evaluate(network, [_GRAPH])
+
+    # Building it otherwise fails.
+    assert engines.status.fallbacks == 0
+    (expected,) = fold(network).evaluate([_GRAPH])
+    for head, values in expected.items():
+        assert outputs[head] == pytest.approx(values, abs=1e-5)
+
+
+def test_a_form_that_takes_no_packed_weights_builds_its_own(
+    packed_form: tuple[Form, PackedWeights],
+) -> None:
+    engines = Engines([EAGER_CPU])
+
+    engines.adopt(_NETWORK, packed_form[1])
+
+    assert engines.library is None
+    assert isinstance(engines.engine(_NETWORK), FoldedNetwork)
+
+
+@pytest.fixture
+def packed_form(tmp_path: Path) -> tuple[Form, PackedWeights]:
+    try:
+        library = load_compiled(tmp_path)
+    except CompiledFormUnavailableError as error:
+        pytest.skip(str(error))
+
+    def build(network: TamiyoNetwork) -> FakeEngine:
+        raise RuntimeError("not to be built")
+
+    form = Form("cpu", True, build, lambda packed: CompiledNetwork(library, packed), library)
+    weights = fold_weights(random_network(_CONFIG, 1))
+    return form, pack(weights, library.panel, WeightDtype.FP32)

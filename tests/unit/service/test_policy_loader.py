@@ -13,21 +13,27 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from support.bus import SECRET
 from support.policies import POLICY_ID, altered, checkpoint, trained, update
 
+from tamiyo_svc.adapters.compiler import CompiledFormUnavailableError, load_compiled
 from tamiyo_svc.adapters.oona.entries import Entry
+from tamiyo_svc.adapters.policy_store import PolicyStore
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.envelope import SignedEnvelope, seal
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.checkpoint import write_policy
+from tamiyo_svc.policy.compiled import pack
 from tamiyo_svc.policy.evaluator import PolicyEvaluator
+from tamiyo_svc.policy.folding import fold_weights
 from tamiyo_svc.policy.golden import record_golden, sample_requests
 from tamiyo_svc.service.policy_loader import Finding, LoaderRequest, examine
+from tamiyo_svc.taxonomy import WeightDtype
 
 KEYRING = Keyring(SECRET.encode())
 # The update is issued now; the entry arrives at the same time.
@@ -91,6 +97,34 @@ def test_a_good_update_leaves_its_weights_in_a_file(
     assert (finding.policy_id, finding.version, finding.issued_by) == (POLICY_ID, "v1", "ann@desk")
     assert finding.digest == trained(1.0).digest
     assert (tmp_path / "policies" / finding.file).is_file()
+
+
+def test_a_service_that_takes_packed_weights_gets_them(
+    request_: LoaderRequest, tmp_path: Path
+) -> None:
+    try:
+        library = load_compiled(tmp_path / "compiled")
+    except CompiledFormUnavailableError as error:
+        pytest.skip(str(error))
+    finding = found(replace(request_, library=str(library.path)), checkpoint(1.0))
+    assert finding.packed is not None
+    packed = PolicyStore(tmp_path).take_packed(finding.packed)
+
+    expected = pack(fold_weights(trained(1.0).network), library.panel, WeightDtype.FP32)
+
+    assert packed.arrays.keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(packed.arrays[name], array)
+    assert found(request_, checkpoint(1.0)).packed is None
+
+
+def test_a_library_that_cannot_be_loaded_costs_the_packed_weights_alone(
+    request_: LoaderRequest, tmp_path: Path
+) -> None:
+    finding = found(replace(request_, library=str(tmp_path / "gone.so")), checkpoint(1.0))
+
+    assert (finding.reason, finding.packed) == ("", None)
+    assert finding.file
 
 
 def test_the_update_is_named_by_the_digest_of_its_envelope(request_: LoaderRequest) -> None:
