@@ -1,7 +1,8 @@
 """What the kernel knows of a time span: who ran on which core, and who waited for whom.
 
-It records every switch between threads (`sched_switch`, `sched_waking`, `sched_wakeup`),
-which needs root and a mounted or mountable tracefs. Times are those of `time.monotonic`.
+It records every switch between threads (`sched_switch`, `sched_waking`, `sched_wakeup`) and how
+long each ran but for what the host of a virtual machine took meanwhile (`sched_stat_runtime`). That
+needs root and a mounted or mountable tracefs. Times are those of `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from pathlib import Path
 from typing import Final
 
 _FOLDER: Final = Path("/sys/kernel/tracing")
-_EVENTS: Final = ("sched_switch", "sched_waking", "sched_wakeup", "sched_process_fork")
+_EVENTS: Final = (
+    "sched_switch",
+    "sched_waking",
+    "sched_wakeup",
+    "sched_process_fork",
+    "sched_stat_runtime",
+)
 _BUFFER_KB: Final = 400_000
 _NORMAL_PRIORITY: Final = 120
 _LINE: Final = re.compile(
@@ -29,10 +36,13 @@ _SWITCH: Final = re.compile(
     r" ==> next_comm=(.*?) next_pid=(\d+) next_prio=(\d+)"
 )
 _WAKING: Final = re.compile(r"comm=.*? pid=(\d+) prio=\d+ target_cpu=(\d+)")
+_RUNTIME: Final = re.compile(r"comm=.*? pid=(\d+) runtime=(\d+)")
+# The times of two events and the run time between them are not taken at quite the same moment.
+_UNCERTAIN_S: Final = 5e-5
 _FORK: Final = re.compile(r"comm=.*? pid=(\d+) child_comm=.*? child_pid=(\d+)")
 
-RUNS, READY, ASLEEP = "runs", "ready", "asleep"
-"""What a thread does; one that is ready waits for a core."""
+RUNS, READY, ASLEEP, BLOCKED = "runs", "ready", "asleep", "blocked"
+"""What a thread does; one that is ready waits for a core, one that is blocked mostly for a disk."""
 
 NO_CORE: Final = -1
 """Where a thread is ready that is woken on a core which has not heard of it yet."""
@@ -53,6 +63,14 @@ class Record:
     """When a thread changed to which state, on which core."""
     on_core: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     """When a core changed to which thread."""
+    stolen: dict[int, list[tuple[float, float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """Beginning and end of a span and how much of it the host kept a core for itself."""
+    running_on: dict[int, int] = field(default_factory=dict)
+    """The core that a thread runs or ran on last."""
+    accounted_s: dict[int, float] = field(default_factory=dict)
+    """Until when the run time of a core's thread is known."""
     lost: int = 0
     """Events that the kernel dropped."""
 
@@ -68,6 +86,18 @@ class Record:
         place = bisect_right(events, at_s, key=lambda event: event[0])
         return events[place - 1][1] if place else 0
 
+    def stolen_s(self, core: int, start_s: float, end_s: float) -> float:
+        """How much of a span the host kept a core for itself, taken as even between two events."""
+        total_s = 0.0
+        spans = self.stolen.get(core, [])
+        place = bisect_right(spans, start_s, key=lambda span: span[1])
+        while place < len(spans) and spans[place][0] < end_s:
+            from_s, to_s, kept_s = spans[place]
+            shared_s = min(to_s, end_s) - max(from_s, start_s)
+            total_s += kept_s * max(0.0, shared_s) / (to_s - from_s)
+            place += 1
+        return total_s
+
     def family(self, process: int) -> set[int]:
         """A process and all that it started, directly or not."""
         found = {process}
@@ -79,14 +109,11 @@ class Record:
                     todo.append(child)
         return found
 
-    def busiest(self, threads: set[int]) -> int:
-        """Of some threads the one that ran for longest."""
-        return max(threads, key=self._ran_s)
-
-    def _ran_s(self, thread: int) -> float:
-        events = self.states[thread]
+    def ran_s(self, thread: int, start_s: float, end_s: float) -> float:
+        """How long a thread ran within a span."""
+        times = self.changes({thread}, start_s, end_s)
         return sum(
-            next_s - at_s for (at_s, state, _), (next_s, _, _) in pairwise(events) if state == RUNS
+            next_s - at_s for at_s, next_s in pairwise(times) if self.state(thread, at_s)[0] == RUNS
         )
 
     def changes(self, threads: set[int], start_s: float, end_s: float) -> list[float]:
@@ -162,17 +189,31 @@ def _runs(record: Record, thread: int, core: int, at_s: float) -> None:
     themselves.
     """
     if thread and (not record.on_core[core] or record.on_core[core][-1][1] != thread):
+        record.running_on[thread] = core
+        record.accounted_s[core] = at_s
         record.on_core[core].append((at_s, thread))
         record.states[thread].append((at_s, RUNS, core))
 
 
 def _note(record: Record, core: int, at_s: float, kind: str, rest: str) -> None:
     match kind:
+        case "sched_stat_runtime":
+            found = _RUNTIME.match(rest)
+            assert found is not None, rest
+            # Another core may settle the account when it wakes somebody here.
+            core = record.running_on.get(int(found[1]), core)
+            since_s = record.accounted_s.get(core, at_s)
+            kept_s = at_s - since_s - int(found[2]) / 1e9
+            if kept_s > _UNCERTAIN_S:
+                record.stolen[core].append((since_s, at_s, kept_s))
+            record.accounted_s[core] = at_s
         case "sched_switch":
             found = _SWITCH.match(rest)
             assert found is not None, rest
+            record.running_on[int(found[4])] = core
+            record.accounted_s[core] = at_s
             before, now = int(found[1]), int(found[4])
-            state = READY if found[2].startswith("R") else ASLEEP
+            state = {"R": READY, "D": BLOCKED}.get(found[2][0], ASLEEP)
             record.states[before].append((at_s, state, core))
             record.states[now].append((at_s, RUNS, core))
             record.on_core[core].append((at_s, now))
@@ -183,7 +224,7 @@ def _note(record: Record, core: int, at_s: float, kind: str, rest: str) -> None:
             found = _WAKING.match(rest)
             assert found is not None, rest
             events = record.states[int(found[1])]
-            if not events or events[-1][1] == ASLEEP:
+            if not events or events[-1][1] in (ASLEEP, BLOCKED):
                 events.append((at_s, READY, NO_CORE))
         case "sched_wakeup":
             found = _WAKING.match(rest)

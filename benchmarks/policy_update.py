@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -52,16 +52,22 @@ _BUDGET_MS: Final = 5.0
 _SETTLE_S: Final = 3.0
 _AFTERMATH_S: Final = 1.0
 _PATIENCE_S: Final = 120.0
-_POLL_S: Final = 0.1
+_POLL_S: Final = 0.5
 _STREAM: Final = "oona.policy"
 _LATE: Final = {Event.TIMEOUT_INFERENCE.value, Event.LANE_BUSY.value}
 _NEXT_TO_NOTHING_MS: Final = 0.05
 
 LOADER, POLICY, PUBLISHER, REDIS = "loader", "policy thread", "publisher", "redis-server"
+OTHERS: Final = "other threads"
+"""Those of the service."""
+KERNEL_WORKER: Final = "kworker"
+"""The kernel's own work; some of it comes of memory that was freed."""
 MACHINE: Final = "the machine"
 """An idle core that has yet to begin."""
-BY_UPDATE: Final = (LOADER, POLICY, REDIS)
-"""What an update makes a decision wait for, Redis for simplicity always."""
+HOST: Final = "the host"
+"""A virtual machine's core that its host gives to others meanwhile."""
+BY_UPDATE: Final = (LOADER, POLICY, REDIS, OTHERS, ASLEEP, KERNEL_WORKER)
+"""What an update may make a decision wait for; the latter four do so without one, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +309,13 @@ def _edges_s(packet: leyline.TelemetryPacket) -> tuple[float, float, float, floa
 
 
 def _figures(run: Run, record: Record | None) -> dict[str, Any]:
-    blame = None if record is None else Blame.of(record, run.pid, run.publisher)
+    blame = None
+    if record is not None:
+        inferred = [
+            (edges_s[1] - run.clock_offset_s, edges_s[2] - run.clock_offset_s)
+            for edges_s in (each.edges_s for each in run.told)
+        ]
+        blame = Blame.of(record, run.pid, run.publisher, inferred)
     windows = [(update.published_s, update.applied_s + _AFTERMATH_S) for update in run.updates]
     return {
         "machine": machine(),
@@ -389,12 +401,17 @@ class Blame:
     loop: int
     lane: int
     policy: frozenset[int]
+    others: frozenset[int]
     who: dict[int, str]
     """What to call the threads that are in the way."""
 
     @classmethod
-    def of(cls, record: Record, service: int, publisher: int) -> Blame:
-        """Tell the service's threads apart: by priority, and the lane by how much it ran."""
+    def of(
+        cls, record: Record, service: int, publisher: int, inferred: Sequence[tuple[float, float]]
+    ) -> Blame:
+        """Tell the service's threads apart: by priority, and the lane by running while it has a
+        decision, of which it is told when.
+        """
         own = {thread for thread, process in record.process_of.items() if process == service}
         policy = own & record.nice
         loader = record.family(service) - {service}
@@ -408,8 +425,12 @@ class Blame:
             **dict.fromkeys(policy, POLICY),
             0: MACHINE,
         }
-        lane = record.busiest(own - policy - {service})
-        return cls(record, service, lane, frozenset(policy), who)
+        lane = max(
+            own - policy - {service},
+            key=lambda thread: sum(record.ran_s(thread, *span) for span in inferred),
+        )
+        others = own - policy - {service, lane}
+        return cls(record, service, lane, frozenset(policy), frozenset(others), who)
 
     def spent(self, edges_s: tuple[float, ...]) -> dict[str, float]:
         """Milliseconds of a decision by what it did or waited for.
@@ -418,7 +439,7 @@ class Blame:
         """
         read_s, infer_s, back_s, ready_s = edges_s
         spent: dict[str, float] = defaultdict(float)
-        watched = {self.loop, self.lane, *self.policy}
+        watched = {self.loop, self.lane, *self.policy, *self.others}
         times = {infer_s, back_s, *self.record.changes(watched, read_s, ready_s)}
         for core in self.record.on_core:
             times.update(self.record.switches(core, read_s, ready_s))
@@ -428,20 +449,26 @@ class Blame:
             if infer_s <= middle_s < back_s:
                 lane = self.record.state(self.lane, middle_s)
                 state, core = (state, core) if lane[0] == ASLEEP else lane
-            spent[self._name(state, core, middle_s)] += (end_s - start_s) * 1e3
-        return dict(spent)
+            took_ms = (end_s - start_s) * 1e3
+            if state == RUNS:
+                stolen_ms = self.record.stolen_s(core, start_s, end_s) * 1e3
+                spent[HOST] += stolen_ms
+                took_ms -= stolen_ms
+            spent[self._name(state, core, middle_s)] += took_ms
+        return {name: took_ms for name, took_ms in spent.items() if took_ms > 0}
 
     def _name(self, state: str, core: int, at_s: float) -> str:
         if state == READY:
             if core == NO_CORE:
                 return MACHINE
             thread = self.record.occupant(core, at_s)
-            return self.who.get(thread) or self.record.names.get(thread, str(thread))
-        if state == ASLEEP and any(
-            self.record.state(thread, at_s)[0] != ASLEEP for thread in self.policy
-        ):
+            name = self.who.get(thread) or self.record.names.get(thread, str(thread))
+            return name.partition("/")[0]
+        if state == ASLEEP:
             # For the interpreter, perhaps, or a lock of the allocator's.
-            return POLICY
+            for threads, name in ((self.policy, POLICY), (self.others, OTHERS)):
+                if any(self.record.state(thread, at_s)[0] != ASLEEP for thread in threads):
+                    return name
         return state
 
 

@@ -26,7 +26,7 @@ from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.policy.checkpoint import check_checkpoint, header_bytes, read_header
 from tamiyo_svc.policy.compiled import PackedWeights
 from tamiyo_svc.policy.evaluator import Policy, build_policy
-from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork
+from tamiyo_svc.policy.network import KeptNetwork, NetworkConfig, TamiyoNetwork
 from tamiyo_svc.policy.update import PackedFile, TakenUpdates
 from tamiyo_svc.taxonomy import PolicyRejection
 
@@ -198,13 +198,29 @@ class PolicyStore:
         self._mapped[policy.network] = memory
         return policy
 
+    def open_when_needed(
+        self, kept: KeptPolicy, vocabularies: Vocabularies, *, untrained: bool
+    ) -> Policy:
+        """A kept policy that another process has read and packed; its file is opened, as above, if
+        the network itself is needed.
+        """
+        return Policy(
+            policy_id=kept.policy_id,
+            version=kept.version,
+            digest=kept.digest,
+            untrained=untrained,
+            weights=KeptNetwork(lambda: self.open(kept, vocabularies).network),
+        )
+
     def give_back(self, policy: Policy) -> None:
         """Let the system have the memory that a policy's weights are mapped into.
 
         Whoever reads them again has them mapped again. What is left to do when the policy goes is
         little then.
         """
-        memory = self._mapped.get(policy.network)
+        weights = policy.weights
+        network = weights.loaded if isinstance(weights, KeptNetwork) else weights
+        memory = self._mapped.get(network) if network is not None else None
         if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
             for start in range(0, len(memory), _GIVEN_BACK_BYTES):
                 length = min(_GIVEN_BACK_BYTES, len(memory) - start)

@@ -62,7 +62,7 @@ class Checkpoint:
             version=version or str(self.metadata.get("version", "")),
             digest=weights_digest(network),
             untrained=self.metadata.get("untrained") is True,
-            network=network,
+            weights=network,
         )
 
 

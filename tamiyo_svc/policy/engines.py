@@ -14,7 +14,7 @@ from tamiyo_svc.graph.graph import Graph
 from tamiyo_svc.policy.compiled import Library, PackedWeights
 from tamiyo_svc.policy.folded import FoldedNetwork, fold
 from tamiyo_svc.policy.folding import Outputs
-from tamiyo_svc.policy.network import TamiyoNetwork
+from tamiyo_svc.policy.network import Network, TamiyoNetwork, loaded
 
 # Far above what rounding weights to bfloat16 does, far below what a wrong kernel does.
 _TOLERANCE: Final = 0.1
@@ -90,9 +90,9 @@ class Engines:
         self.on_change = on_change
         self._lock = threading.Lock()
         self._level = 0
-        self._built: WeakKeyDictionary[TamiyoNetwork, dict[int, Engine]] = WeakKeyDictionary()
+        self._built: WeakKeyDictionary[Network, dict[int, Engine]] = WeakKeyDictionary()
         # Networks whose engine was found to agree with the folded one where it was packed.
-        self._adopted: WeakSet[TamiyoNetwork] = WeakSet()
+        self._adopted: WeakSet[Network] = WeakSet()
         self.status = EngineStatus(forms[0].device, forms[0].is_compiled)
 
     @property
@@ -100,20 +100,21 @@ class Engines:
         """What weights can be packed for, if the serving form takes packed ones."""
         return self._forms[self._level].library
 
-    def adopt(self, network: TamiyoNetwork, packed: PackedWeights) -> None:
+    def adopt(self, network: Network, packed: PackedWeights) -> bool:
         """Take a network's weights packed for the serving form, and checked, instead of building
-        its engine. Another form takes no notice.
+        its engine; whether that form takes packed ones.
         """
         level = self._level
         build = self._forms[level].build_packed
         if build is None:
-            return
+            return False
         engine = build(packed)
         with self._lock:
             self._built.setdefault(network, {})[level] = engine
             self._adopted.add(network)
+        return True
 
-    def evaluate(self, network: TamiyoNetwork, graphs: Sequence[Graph]) -> list[Outputs]:
+    def evaluate(self, network: Network, graphs: Sequence[Graph]) -> list[Outputs]:
         """Outputs of every graph.
 
         Raises:
@@ -136,7 +137,7 @@ class Engines:
 
     def warm_up(
         self,
-        network: TamiyoNetwork,
+        network: Network,
         batches: Sequence[Sequence[Graph]],
         clock: Callable[[], float],
     ) -> None:
@@ -159,7 +160,7 @@ class Engines:
                 outputs = [engine.evaluate(graphs) for graphs in batches]
                 warm_ms = (clock() - started) * 1e3
                 if not isinstance(engine, FoldedNetwork) and network not in self._adopted:
-                    folded = fold(network)
+                    folded = fold(loaded(network))
                     for mine, graphs in zip(outputs, batches, strict=True):
                         _check(mine, folded.evaluate(graphs))
                     folded.release()
@@ -172,17 +173,17 @@ class Engines:
                     self._report(replace(self.status, warm_ms=warm_ms))
                 return
 
-    def engine(self, network: TamiyoNetwork, level: int | None = None) -> Engine:
+    def engine(self, network: Network, level: int | None = None) -> Engine:
         """A policy's engine in the serving form, or in that of `level`."""
         level = self._level if level is None else level
         with self._lock:
             built = self._built.setdefault(network, {})
         engine = built.get(level)
         if engine is None:
-            engine = built[level] = self._forms[level].build(network)
+            engine = built[level] = self._forms[level].build(loaded(network))
         return engine
 
-    def touch(self, network: TamiyoNetwork, part: int, parts: int) -> None:
+    def touch(self, network: Network, part: int, parts: int) -> None:
         """Read one of so many parts of a policy's weights, where the serving form can."""
         engine = self.engine(network)
         if isinstance(engine, Touchable):

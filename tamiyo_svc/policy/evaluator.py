@@ -19,7 +19,14 @@ from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.policy.compiled import PackedWeights
 from tamiyo_svc.policy.engines import Engines
 from tamiyo_svc.policy.folding import Outputs
-from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork, bootstrap, untrained
+from tamiyo_svc.policy.network import (
+    Network,
+    NetworkConfig,
+    TamiyoNetwork,
+    bootstrap,
+    loaded,
+    untrained,
+)
 from tamiyo_svc.policy.proposal import Proposal, propose
 
 # All outputs of the bootstrap policy are constants of the masks, whatever its size.
@@ -42,13 +49,22 @@ class PolicyRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Policy:
-    """A network ready to serve; `digest` is the SHA-256 of its weights, as hex."""
+    """Weights ready to serve; `digest` is their SHA-256, as hex."""
 
     policy_id: str
     version: str
     digest: str
     untrained: bool
-    network: TamiyoNetwork
+    weights: Network
+
+    @property
+    def network(self) -> TamiyoNetwork:
+        """The network as it is defined; what serves may be made of the weights without it.
+
+        Raises:
+            PolicyRejectedError: its file is gone, damaged or not the one that was kept.
+        """
+        return loaded(self.weights)
 
 
 class PolicyEvaluator:
@@ -68,9 +84,11 @@ class PolicyEvaluator:
         self._threads = threads
         self._clock = clock
 
-    def adopt(self, packed: PackedWeights) -> None:
-        """Take the policy's weights as another process packed and checked them."""
-        self._engines.adopt(self.policy.network, packed)
+    def adopt(self, packed: PackedWeights) -> bool:
+        """Take the policy's weights as another process packed and checked them; whether the form
+        that serves takes them so.
+        """
+        return self._engines.adopt(self.policy.weights, packed)
 
     def warm_up(self, policy: Policy | None = None) -> None:
         """Run a policy, by default the serving one, on minimal graphs.
@@ -87,7 +105,7 @@ class PolicyEvaluator:
         warming = policy or self.policy
         graphs = [self._builder.build(packet, found, {}) for found in ((), (blueprint,))]
         with torch.inference_mode():
-            self._engines.warm_up(warming.network, [graphs[:1], graphs[1:], graphs], self._clock)
+            self._engines.warm_up(warming.weights, [graphs[:1], graphs[1:], graphs], self._clock)
         for _ in range(_WARM_UP_RUNS):
             for requests in ([alone], [joined], [alone, joined]):
                 for result in self._evaluate(warming, requests):
@@ -133,7 +151,7 @@ class PolicyEvaluator:
         started = self._clock()
         try:
             with torch.inference_mode():
-                outputs = self._engines.evaluate(policy.network, graphs)
+                outputs = self._engines.evaluate(policy.weights, graphs)
         except Exception as error:
             if len(graphs) > 1:
                 return [self._infer(policy, [graph])[0] for graph in graphs]
@@ -153,7 +171,7 @@ def build_policy(
         version=f"{name}-1",
         digest=weights_digest(network),
         untrained=True,
-        network=network,
+        weights=network,
     )
 
 

@@ -7,7 +7,7 @@ Veličković et al., "Graph Attention Networks", 2018. The form that serves is i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -208,6 +208,38 @@ class TamiyoNetwork(nn.Module):
                 value = value + before[kind]
             joined[kind] = self.dropout(value)
         return joined
+
+
+class KeptNetwork:
+    """A network that serves in another form already and stays on disk until it is needed itself.
+
+    `load` reads it and raises whatever is wrong with it.
+    """
+
+    def __init__(self, load: Callable[[], TamiyoNetwork]) -> None:
+        self._load = load
+        self.loaded: TamiyoNetwork | None = None
+
+    def load(self) -> TamiyoNetwork:
+        """The network, read the first time."""
+        if self.loaded is None:
+            self.loaded = self._load()
+        return self.loaded
+
+    def release(self) -> None:
+        """Free it if it was loaded."""
+        if self.loaded is not None:
+            self.loaded.release()
+            self.loaded = None
+
+
+Network = TamiyoNetwork | KeptNetwork
+"""What an engine is made of."""
+
+
+def loaded(network: Network) -> TamiyoNetwork:
+    """The network itself, read from disk if need be."""
+    return network.load() if isinstance(network, KeptNetwork) else network
 
 
 def to_contract_name(name: str) -> str:

@@ -24,10 +24,14 @@ _REMEMBERED: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedFile:
-    """A file of packed weights; `digest` is the SHA-256 of its bytes, as hex."""
+    """A file of packed weights; `digest` is the SHA-256 of its bytes, as hex.
+
+    `untrained` is what the checkpoint said that they come from.
+    """
 
     name: str
     digest: str
+    untrained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class Candidates:
     async def prepare(self, kept: KeptPolicy, packed: PackedFile | None = None) -> Policy:
         """Load, fold, warm up and probe a policy.
 
-        Folding is left out where another process has left the weights `packed`.
+        Loading and folding are left out where another process has left the weights `packed`.
 
         Raises:
             PolicyRejectedError: it cannot be loaded, fails, or is too slow at its best.
@@ -81,11 +81,13 @@ class Candidates:
         gc.disable()
         try:
             with self.turns.standing_back(frees_much=True):
-                policy = self._store.open(kept, self._vocabularies)
+                policy = self._adopted(kept, packed) if packed is not None else None
+                if policy is None:
+                    policy = self._store.open(kept, self._vocabularies)
                 try:
-                    self._try(policy, packed)
+                    self._try(policy)
                 except PolicyRejectedError:
-                    policy.network.release()
+                    policy.weights.release()
                     raise
                 self._store.give_back(policy)
                 gc.freeze()
@@ -93,7 +95,19 @@ class Candidates:
         finally:
             gc.enable()
 
-    def _try(self, policy: Policy, packed: PackedFile | None) -> None:
+    def _adopted(self, kept: KeptPolicy, file: PackedFile) -> Policy | None:
+        """A policy of packed weights; None if they are of no use, without which it takes longer."""
+        try:
+            packed = self._store.take_packed(file)
+        except (OSError, ValueError) as error:
+            log.warning("policy.packed_weights_unusable", error=str(error))
+            return None
+        policy = self._store.open_when_needed(kept, self._vocabularies, untrained=file.untrained)
+        adopted = self.evaluator(policy).adopt(packed)
+        packed.release()
+        return policy if adopted else None
+
+    def _try(self, policy: Policy) -> None:
         """Warm a policy up and probe it.
 
         Raises:
@@ -101,8 +115,6 @@ class Candidates:
         """
         try:
             evaluator = self.evaluator(policy)
-            if packed is not None:
-                self._adopt(evaluator, packed)
             evaluator.warm_up()
             best_ms = _best_inference_ms(evaluator)
         except InferenceError as error:
@@ -112,16 +124,6 @@ class Candidates:
                 PolicyRejection.PROBE_FAILED,
                 f"an inference takes {best_ms:.1f} ms, the budget is {self._step_timeout_ms:g} ms",
             )
-
-    def _adopt(self, evaluator: PolicyEvaluator, file: PackedFile) -> None:
-        try:
-            packed = self._store.take_packed(file)
-        except (OSError, ValueError) as error:
-            # It takes longer without.
-            log.warning("policy.packed_weights_unusable", error=str(error))
-            return
-        evaluator.adopt(packed)
-        packed.release()
 
     def _free_soon(self) -> None:
         if not self._closed:
@@ -133,7 +135,7 @@ class Candidates:
             while self._retired:
                 policy = self._retired.pop()
                 self._store.give_back(policy)
-                policy.network.release()
+                policy.weights.release()
                 del policy
 
 

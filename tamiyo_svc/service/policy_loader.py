@@ -133,12 +133,15 @@ class Finding:
     digest: str = ""
     packed_file: str = ""
     packed_digest: str = ""
+    untrained: bool = False
     golden: int = 0
 
     @property
     def packed(self) -> PackedFile | None:
         """The weights as the service runs them, if it asked for that."""
-        return PackedFile(self.packed_file, self.packed_digest) if self.packed_file else None
+        if not self.packed_file:
+            return None
+        return PackedFile(self.packed_file, self.packed_digest, self.untrained)
 
 
 def examine(entry: Entry, request: LoaderRequest) -> Finding:
@@ -406,6 +409,7 @@ def _load(update: leyline.PolicyUpdate, known: Finding, request: LoaderRequest) 
         digest=policy.digest,
         packed_file=packed.name if packed is not None else "",
         packed_digest=packed.digest if packed is not None else "",
+        untrained=policy.untrained,
         golden=len(golden),
         policy_id=policy.policy_id,
         version=policy.version,

@@ -279,7 +279,7 @@ class PolicyUpdates:
             raise PolicyRejectedError(
                 PolicyRejection.SWAP_FAILED, f"it cannot be kept: {error.strerror}"
             ) from error
-        if policy.network is not previous.network:
+        if policy.weights is not previous.weights:
             try:
                 await self._swap(policy)
             except Exception as error:

@@ -244,7 +244,7 @@ def _make_mind(settings: Settings, metrics: Metrics, wrap_worker: WrapWorker) ->
             GraphBuilder(limits, vocabularies), policy, settings.cpu_threads, clock, engines
         )
 
-    keep_warm = KeepWarm(lambda part, parts: engines.touch(serving.policy.network, part, parts))
+    keep_warm = KeepWarm(lambda part, parts: engines.touch(serving.policy.weights, part, parts))
     lane = _lane(
         settings,
         lambda: wrap_worker(serving.worker(make_evaluator)),

@@ -70,6 +70,25 @@ def test_the_policy_before_is_kept_and_a_new_name_is_no_new_policy(tmp_path: Pat
     assert (renamed.current, renamed.previous) == (replace(second, version="final"), first)
 
 
+def test_a_policy_that_was_packed_elsewhere_is_opened_when_its_network_is_needed(
+    tmp_path: Path,
+) -> None:
+    store = PolicyStore(tmp_path)
+    kept = _kept(store)
+
+    policy = store.open_when_needed(kept, Vocabularies(), untrained=False)
+    store.give_back(policy)
+    hidden = (store.folder / kept.file).rename(tmp_path / "hidden")
+    with pytest.raises(PolicyRejectedError, match="invalid_payload"):
+        _ = policy.network
+    hidden.rename(store.folder / kept.file)
+
+    assert weights_digest(policy.network) == policy.digest == kept.digest
+    assert policy.network is policy.network
+    store.give_back(policy)
+    assert weights_digest(policy.network) == kept.digest
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_take_no_memory_once_given_back_and_can_still_be_read(tmp_path: Path) -> None:
     store = PolicyStore(tmp_path)

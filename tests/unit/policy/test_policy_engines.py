@@ -6,7 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from tamiyo_svc.policy.compiled import CompiledNetwork, PackedWeights, pack
 from tamiyo_svc.policy.engines import EAGER_CPU, Engines, EngineStatus, Form
 from tamiyo_svc.policy.folded import FoldedNetwork, fold
 from tamiyo_svc.policy.folding import Outputs, fold_weights
-from tamiyo_svc.policy.network import NetworkConfig, TamiyoNetwork
+from tamiyo_svc.policy.network import KeptNetwork, NetworkConfig, TamiyoNetwork
 from tamiyo_svc.taxonomy import WeightDtype
 
 _CONFIG = NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1)
@@ -256,7 +256,7 @@ def test_weights_that_came_packed_and_checked_need_no_building(
     engines = Engines([form, EAGER_CPU])
     network = random_network(_CONFIG, 1)
 
-    engines.adopt(network, packed)
+    assert engines.adopt(network, packed)
     packed.release()
     engines.warm_up(network, [[_GRAPH]], ticking())
     (outputs,) = engines.evaluate(network, [_GRAPH])
@@ -273,10 +273,41 @@ def test_a_form_that_takes_no_packed_weights_builds_its_own(
 ) -> None:
     engines = Engines([EAGER_CPU])
 
-    engines.adopt(_NETWORK, packed_form[1])
+    assert not engines.adopt(_NETWORK, packed_form[1])
 
     assert engines.library is None
     assert isinstance(engines.engine(_NETWORK), FoldedNetwork)
+
+
+def test_a_network_that_came_packed_is_loaded_once_when_its_form_fails(
+    packed_form: tuple[Form, PackedWeights],
+) -> None:
+    form, packed = packed_form
+    loads: list[TamiyoNetwork] = []
+
+    def load() -> TamiyoNetwork:
+        loads.append(random_network(_CONFIG, 1))
+        return loads[-1]
+
+    fast = FakeBackend("fast")
+    engines = Engines(
+        [replace(form, build_packed=lambda _: FakeEngine(fast, fold(_NETWORK))), EAGER_CPU]
+    )
+    kept = KeptNetwork(load)
+    assert engines.adopt(kept, packed)
+    engines.warm_up(kept, [[_GRAPH]], ticking())
+    engines.evaluate(kept, [_GRAPH])
+    assert loads == []
+
+    fast.fails_to_run = True
+    (outputs,) = engines.evaluate(kept, [_GRAPH])
+    engines.evaluate(kept, [_GRAPH])
+
+    assert engines.status.fallbacks == len(loads) == 1
+    (expected,) = fold(random_network(_CONFIG, 1)).evaluate([_GRAPH])
+    assert outputs == expected
+    kept.release()
+    assert kept.loaded is None
 
 
 @pytest.fixture
