@@ -176,11 +176,12 @@ class Engines:
     def engine(self, network: Network, level: int | None = None) -> Engine:
         """A policy's engine in the serving form, or in that of `level`."""
         level = self._level if level is None else level
-        with self._lock:
-            built = self._built.setdefault(network, {})
-        engine = built.get(level)
+        # Decisions come here and wait for nobody: a thread that stands back may have the lock.
+        engine = self._built.get(network, {}).get(level)
         if engine is None:
-            engine = built[level] = self._forms[level].build(loaded(network))
+            engine = self._forms[level].build(loaded(network))
+            with self._lock:
+                self._built.setdefault(network, {})[level] = engine
         return engine
 
     def touch(self, network: Network, part: int, parts: int) -> None:

@@ -8,10 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import psutil
 import pytest
+from support.networks import random_graph, random_network
 
+from tamiyo_svc.policy.engines import Engines
+from tamiyo_svc.policy.network import KeptNetwork, NetworkConfig
 from tamiyo_svc.service.courtesy import ThreadTurns, courteous_executor
 
 
@@ -30,8 +34,9 @@ def _thread(run: Callable[[], object]) -> Iterator[threading.Thread]:
 
 
 def _is_waiting(thread: threading.Thread) -> bool:
+    """Whether a thread stands back."""
     frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and frame.f_code is not threading.Event.wait.__code__:
+    while frame is not None and frame.f_code.co_name != "hook":
         frame = frame.f_back
     return frame is not None
 
@@ -77,6 +82,46 @@ def test_nothing_waits_once_closed() -> None:
 
         assert not thread.is_alive()
     _standing_back(turns)
+
+
+class _LookedUp(KeptNetwork):
+    """Lets the test go on while a thread that stands back looks this up."""
+
+    def __init__(self) -> None:
+        config = NetworkConfig(sage_hidden_dim=4, gat_hidden_dim=2, attention_heads=1)
+        super().__init__(lambda: random_network(config, 1))
+        # Unlike events, these are never locked while the thread stands back.
+        self.begun, self.ended = SimpleQueue[None](), SimpleQueue[None]()
+
+    def __hash__(self) -> int:
+        if sys.getprofile() is not None:
+            self.begun.put(None)
+            self.ended.get(timeout=10)
+        return id(self)
+
+
+def test_a_decision_does_not_wait_for_a_thread_that_stands_back_amid_the_engines() -> None:
+    turns = ThreadTurns(patience_s=60)
+    network = _LookedUp()
+    graph = random_graph((1, 1, 1, 1, 1, 1), 1.0, 1)
+    engines = Engines()
+    engines.evaluate(network, [graph])
+
+    def prepare() -> None:
+        with turns.standing_back():
+            engines.engine(network)
+
+    with _thread(prepare) as preparing:
+        network.begun.get(timeout=10)
+        turns.stand_back()
+        network.ended.put(None)
+        _await_waiting(preparing)
+        with _thread(lambda: engines.evaluate(network, [graph])) as lane:
+            lane.join(10)
+            is_done = not lane.is_alive()
+            turns.go_on()
+
+    assert is_done
 
 
 def test_others_get_the_interpreter_without_asking_for_it() -> None:
