@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Final
 
 import structlog
 
@@ -30,6 +32,8 @@ from tamiyo_svc.service.outcomes import Received
 from tamiyo_svc.taxonomy import DeadLetterReason, Outcome, Stage
 
 log = structlog.get_logger("tamiyo.intake")
+
+_QUIET_WITHIN_S: Final = 0.02
 
 Notice = Callable[[Entry, leyline.BusEnvelope], Awaitable[None]]
 """Takes a message that is not a state packet but is for us; it acknowledges the entry itself."""
@@ -85,6 +89,8 @@ class Intake:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._room.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._to_recover = set(self.consumers)
         self.on_busy: Callable[[], None] = lambda: None
         self.on_idle: Callable[[], None] = lambda: None
@@ -131,6 +137,12 @@ class Intake:
             )
             self._dispatch(consumer, entries)
 
+    async def quiet(self) -> None:
+        """Wait until nothing is in flight, or a moment where there always is something."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_QUIET_WITHIN_S):
+                await self._idle.wait()
+
     async def drain(self) -> None:
         """Wait until everything read so far has ended."""
         while self._tasks:
@@ -157,6 +169,7 @@ class Intake:
         """Hand every entry on; those not for us are acknowledged together."""
         read_at = time.perf_counter()
         if entries:
+            self._idle.clear()
             self.on_busy()
         ignored: list[Entry] = []
         for entry in entries:
@@ -182,6 +195,7 @@ class Intake:
         if ignored:
             self._start(self._acknowledge(consumer, ignored), "acknowledge")
         if not self._in_flight:
+            self._idle.set()
             self.on_idle()
 
     def _open(self, entry: Entry, read_at: float) -> bool:
@@ -311,6 +325,7 @@ class Intake:
         if self._looking.locked():
             self._ended_since |= keys
         if not self._in_flight:
+            self._idle.set()
             self.on_idle()
         if len(self._in_flight) < self._limits.in_flight:
             self._room.set()

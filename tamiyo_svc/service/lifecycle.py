@@ -181,7 +181,10 @@ class Service:
             await asyncio.sleep(_TICK_S)
 
     async def _observe(self) -> None:
-        """Keep the server's clock, the streams' positions and the gauges current."""
+        """Keep the server's clock, the streams' positions and the gauges current.
+
+        What is asked of Redis for that is asked between decisions.
+        """
         streams = self._settings.input_streams
         while True:
             await asyncio.sleep(_OBSERVE_S)
@@ -190,11 +193,16 @@ class Service:
             self._observe_catalog()
             await self._save_vocabularies()
             try:
-                await self._health.check_writes()
-                await self._clock.sync(self._redis)
-                await self._inbox.refresh()
-                await self._breakers.save(self._replica.breakers)
+                for ask in (
+                    self._health.check_writes,
+                    lambda: self._clock.sync(self._redis),
+                    self._inbox.refresh,
+                    lambda: self._breakers.save(self._replica.breakers),
+                ):
+                    await self._intake.quiet()
+                    await ask()
                 for stream in streams:
+                    await self._intake.quiet()
                     status = await read_status(self._redis, stream, self._settings.consumer_group)
                     oldest_s = None
                     if status.oldest_unacked_id is not None:
@@ -229,6 +237,7 @@ class Service:
             try:
                 for name, age_ms in ages_ms.items():
                     for stream in settings.in_partitions(name):
+                        await self._intake.quiet()
                         await trim(self._redis, stream, self._clock.now_ms() - age_ms)
             except BusError as error:
                 self._health.failed(error)
