@@ -55,7 +55,7 @@ _PATIENCE_S: Final = 120.0
 _POLL_S: Final = 0.5
 _STREAM: Final = "oona.policy"
 _LATE: Final = {Event.TIMEOUT_INFERENCE.value, Event.LANE_BUSY.value}
-_NEXT_TO_NOTHING_MS: Final = 0.05
+_LITTLE_MS: Final = 0.5
 
 LOADER, POLICY, PUBLISHER, REDIS = "loader", "policy thread", "publisher", "redis-server"
 OTHERS: Final = "other threads"
@@ -387,10 +387,10 @@ def is_by_update(step_ms: float, spent_ms: Mapping[str, float]) -> bool:
     """Whether a late decision would have been in time but for what the update made it wait.
 
     One that had no answer of the network in time would have had it by so much earlier; that this
-    is too little is not known unless it is next to nothing.
+    is too little is not known unless it is little.
     """
     waited_ms = sum(spent_ms.get(name, 0.0) for name in BY_UPDATE)
-    return waited_ms > _NEXT_TO_NOTHING_MS and step_ms - waited_ms <= _BUDGET_MS
+    return waited_ms > _LITTLE_MS and step_ms - waited_ms <= _BUDGET_MS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
 from tamiyo_svc.adapters.keep_warm import KeepWarm
+from tamiyo_svc.adapters.placement import ThreadPlacement
 from tamiyo_svc.errors import InferenceError, LaneBusyError
 
 Request = TypeVar("Request", contravariant=True)
@@ -26,8 +27,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _END_WAIT_S: Final = 1.0
+_FIRST_LOOK: Final = 0.4
+"""Share of the time until a batch's first deadline after which its thread should have run."""
+_NEXT_LOOK: Final = 0.2
+"""The same from one look to the next."""
 _COST_SHARE: Final = 0.2
 """Weight of the newest batch in what a request is expected to take."""
+
+
+class Placement(Protocol):
+    """Where a thread runs; see `ThreadPlacement`."""
+
+    def ran_s(self) -> float:
+        """Processor time of the thread in seconds."""
+
+    def move_here(self) -> None:
+        """Have the thread go on on the caller's core."""
 
 
 class LaneWorker(Protocol[Request, Result]):
@@ -60,6 +75,7 @@ class _Thread(Generic[T, R]):
     worker: LaneWorker[T, R]
     batches: queue.SimpleQueue[_Work[T, R]] = field(default_factory=queue.SimpleQueue)
     system: threading.Thread | None = None
+    placement: Placement | None = None
 
 
 class DeviceLane(Generic[T, R]):
@@ -68,7 +84,8 @@ class DeviceLane(Generic[T, R]):
     `make_worker` is called for the first thread and again if a hung one has to be replaced.
     `on_hung` hears of a hang, `on_batch` of each batch's size, `on_late` of each result that came
     after its request had been given up; with `keep_warm` an idle thread touches the weights before
-    work is expected. Deadlines are values of `clock` in seconds. Everything but the worker and the
+    work is expected. A thread with work that waits for a core is moved to the loop's by what it got
+    from `place`. Deadlines are values of `clock` in seconds. Everything but the worker and the
     warming runs on the event loop, so no state here is locked.
     """
 
@@ -82,6 +99,7 @@ class DeviceLane(Generic[T, R]):
         on_batch: Callable[[int], None] = lambda size: None,
         on_late: Callable[[], None] = lambda: None,
         keep_warm: KeepWarm | None = None,
+        place: Callable[[], Placement | None] = ThreadPlacement.of_this_thread,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make_worker = make_worker
@@ -91,6 +109,7 @@ class DeviceLane(Generic[T, R]):
         self._on_batch = on_batch
         self._on_late = on_late
         self._keep_warm = keep_warm
+        self._place = place
         self._clock = clock
         self._thread: _Thread[T, R] | None = None
         self._generation = 0
@@ -100,6 +119,7 @@ class DeviceLane(Generic[T, R]):
         self._request_s = 0.0
         """What one request of a batch takes, a moving average."""
         self._overrun = False
+        self._look_timer: asyncio.TimerHandle | None = None
         self._hang_timer: asyncio.TimerHandle | None = None
         self._hangs = 0
         self._replacement: asyncio.Task[None] | None = None
@@ -172,8 +192,9 @@ class DeviceLane(Generic[T, R]):
     async def close(self) -> None:
         """End the thread without waiting for a job that still runs; its result is dropped."""
         self.ready = False
-        if self._hang_timer is not None:
-            self._hang_timer.cancel()
+        for timer in (self._look_timer, self._hang_timer):
+            if timer is not None:
+                timer.cancel()
         if self._replacement is not None:
             self._replacement.cancel()
         for job in (*self._waiting, *self._running):
@@ -218,6 +239,7 @@ class DeviceLane(Generic[T, R]):
         warm: asyncio.Future[None],
     ) -> None:
         """The thread's life: warm up, then batch after batch until told to stop."""
+        thread.placement = self._place()
         try:
             thread.worker.warm_up()
         except Exception as error:  # start() raises it on the loop
@@ -264,7 +286,29 @@ class DeviceLane(Generic[T, R]):
         self._running = batch
         self._dispatched_s = self._clock()
         self._on_batch(len(batch))
-        self._require_thread().batches.put(batch)
+        thread = self._require_thread()
+        self._see_to_its_running(thread, min(job.deadline for job in batch))
+        thread.batches.put(batch)
+
+    def _see_to_its_running(self, thread: _Thread[T, R], deadline: float) -> None:
+        """Look now and then whether the thread has a core."""
+        placement = thread.placement
+        if placement is None or deadline == math.inf:
+            return
+        loop = asyncio.get_running_loop()
+        time_s = deadline - self._dispatched_s
+
+        def look(ran_before_s: float, after_s: float) -> None:
+            ran_s = placement.ran_s()
+            if ran_s - ran_before_s < after_s / 2:
+                placement.move_here()
+            if self._clock() < deadline:
+                look_after(_NEXT_LOOK * time_s, ran_s)
+
+        def look_after(after_s: float, ran_s: float) -> None:
+            self._look_timer = loop.call_later(after_s, look, ran_s, after_s)
+
+        look_after(_FIRST_LOOK * time_s, placement.ran_s())
 
     def _take_batch(self) -> list[_Job[T, R]]:
         """The next requests, as many as can be expected to be answered by the first deadline."""
@@ -298,6 +342,8 @@ class DeviceLane(Generic[T, R]):
                 job.future.set_result(result)
         took_s = (self._clock() - self._dispatched_s) / len(batch)
         self._request_s += _COST_SHARE * (took_s - self._request_s)
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         self._running = []
         self._overrun = False
         self._hangs = 0

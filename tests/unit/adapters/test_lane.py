@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -101,6 +102,69 @@ async def test_late_result_is_dropped_counted_and_frees_the_lane() -> None:
         assert lane.late_results == 1
         assert await lane.submit(5, far()) == 10
         assert worker.batches == [[-1], [5]]
+
+
+class FakePlacement:
+    """A thread that has a core for some share of the time, or loses it after some looks."""
+
+    def __init__(self, share: float, looks: int = 1 << 30) -> None:
+        self._share = share
+        self._looks = looks
+        self._ran_s = 0.0
+        self.moves = 0
+
+    def ran_s(self) -> float:
+        self._looks -= 1
+        if self._looks >= 0:
+            self._ran_s = self._share * time.perf_counter()
+        return self._ran_s
+
+    def move_here(self) -> None:
+        self.moves += 1
+
+
+@pytest.mark.parametrize(("share", "is_moved"), [(0.0, True), (0.1, True), (0.9, False)])
+async def test_a_thread_that_does_not_get_to_run_is_moved_before_it_is_late(
+    share: float, is_moved: bool
+) -> None:
+    worker, placement = GatedWorker(), FakePlacement(share)
+    lane: DeviceLane[int, int] = DeviceLane(lambda: worker, place=lambda: placement)
+    await lane.start()
+    try:
+        with pytest.raises(TimeoutError):
+            await lane.submit(-1, soon())
+        assert bool(placement.moves) == is_moved
+    finally:
+        worker.gate.set()
+        await lane.close()
+
+
+async def test_a_thread_that_loses_its_core_later_is_moved_as_well() -> None:
+    worker, placement = GatedWorker(), FakePlacement(1.0, looks=2)
+    lane: DeviceLane[int, int] = DeviceLane(lambda: worker, place=lambda: placement)
+    await lane.start()
+    try:
+        with pytest.raises(TimeoutError):
+            await lane.submit(-1, time.perf_counter() + 0.5)
+        assert placement.moves > 0
+    finally:
+        worker.gate.set()
+        await lane.close()
+
+
+@pytest.mark.parametrize("placement", [FakePlacement(0.0), None])
+async def test_a_thread_that_answers_soon_enough_stays_where_it_is(
+    placement: FakePlacement | None,
+) -> None:
+    worker = GatedWorker()
+    lane: DeviceLane[int, int] = DeviceLane(lambda: worker, place=lambda: placement)
+    await lane.start()
+    try:
+        assert await lane.submit(1, far()) == 2
+        assert await lane.submit(2, math.inf) == 4
+        assert placement is None or placement.moves == 0
+    finally:
+        await lane.close()
 
 
 async def test_what_queued_while_busy_runs_as_one_batch() -> None:
