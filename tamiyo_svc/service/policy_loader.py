@@ -65,6 +65,9 @@ BUS_EXIT: Final = 3
 _BLOCK_MS: Final = 5_000
 # An update is held about so many times over while it is read and examined.
 _COPIES: Final = 6
+# An entry below this brings no weights. What it asks for, a rollback perhaps, is urgent.
+_WITHOUT_WEIGHTS_BYTES: Final = 64 << 10
+_COMMAND_PATIENCE_S: Final = 1.0
 # From prctl.h.
 _PR_SET_PDEATHSIG: Final = 1
 # The signature and the names of the fields.
@@ -261,7 +264,7 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
     with open(receiver, "rb", buffering=0) as pipe:
         # The first line says that there is something to examine.
         pipe.readline()
-        patience_s = request.idle_patience_s
+        patience_s = idle_patience_s(request) if in_idle_time else 0.0
         in_time = not in_idle_time or (
             patience_s > 0 and bool(select.select([pipe], [], [], patience_s)[0])
         )
@@ -275,6 +278,15 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
         os._exit(abs(code))
     answer: dict[str, Any] = json.loads(text)
     return answer
+
+
+def idle_patience_s(request: LoaderRequest) -> float:
+    """For how long the next entry is examined in idle time; a command is not kept waiting."""
+    with suppress(BusError), open_stream(request.redis_url) as redis:
+        measured = measure_next(redis, request.stream, request.after)
+        if measured is not None and measured[1] < _WITHOUT_WEIGHTS_BYTES:
+            return min(_COMMAND_PATIENCE_S, request.idle_patience_s)
+    return request.idle_patience_s
 
 
 def _answer(request: LoaderRequest, pipe: TextIO) -> None:

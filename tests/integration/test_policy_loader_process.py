@@ -24,7 +24,7 @@ from tamiyo_svc.adapters.oona.policy_stream import await_next, measure_next, ope
 from tamiyo_svc.errors import BusError
 from tamiyo_svc.graph.vocabulary import Vocabularies
 from tamiyo_svc.service.loader_process import LoaderProcess
-from tamiyo_svc.service.policy_loader import LoaderRequest
+from tamiyo_svc.service.policy_loader import LoaderRequest, idle_patience_s
 from tamiyo_svc.taxonomy import PolicyRejection
 
 pytestmark = pytest.mark.redis
@@ -179,6 +179,23 @@ def test_an_update_that_idle_time_is_too_short_for_is_examined_all_the_same(
         again = answer()
         assert (again["kind"], again["entry_id"]) == ("reading", entry_id)
         assert answer()["reason"] == PolicyRejection.INVALID_SIGNATURE
+
+
+@pytest.mark.parametrize(("size", "patience_s"), [(1000, 1.0), (100_000, 45.0)])
+def test_idle_time_is_waited_for_with_weights_alone(
+    request_: LoaderRequest, size: int, patience_s: float
+) -> None:
+    add(request_.redis_url, size)
+
+    assert idle_patience_s(request_) == patience_s
+    assert idle_patience_s(replace(request_, idle_patience_s=0.5)) == 0.5
+
+
+def test_idle_time_is_waited_for_where_the_size_of_an_entry_is_not_known(
+    request_: LoaderRequest,
+) -> None:
+    assert idle_patience_s(request_) == 45.0
+    assert idle_patience_s(replace(request_, redis_url="redis://127.0.0.1:1")) == 45.0
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs a policy of Linux's")
