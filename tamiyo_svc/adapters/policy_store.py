@@ -6,10 +6,12 @@ one. Files are named by the digest of their weights and never written to once th
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +46,8 @@ _NUMPY_DTYPES: Final = {"F32": np.float32, "F16": np.float16}
 # to take it back.
 _WRITTEN_BYTES: Final = 128 << 10
 _GIVEN_BACK_BYTES: Final = 1 << 20
+# From falloc.h: the bytes go, the size stays, and whoever has them mapped reads zeros.
+_KEEP_SIZE_PUNCH_HOLE: Final = 0x03
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ class PolicyStore:
         if self.folder.is_dir():
             for path in self.folder.iterdir():
                 if path.name not in kept | {_MANIFEST}:
-                    path.unlink(missing_ok=True)
+                    _remove(path)
 
     def write(self, digest: str, data: bytes) -> str:
         """Keep a checkpoint under the digest of its weights; returns the file's name.
@@ -155,7 +159,7 @@ class PolicyStore:
         except (PolicyRejectedError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file.name}: {error}") from error
         finally:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def _write(self, name: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +229,26 @@ class PolicyStore:
             for start in range(0, len(memory), _GIVEN_BACK_BYTES):
                 length = min(_GIVEN_BACK_BYTES, len(memory) - start)
                 memory.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, and what it held part by part.
+
+    The kernel takes 9 ms to drop 56 MB at once, in which nobody else gets that processor.
+    """
+    try:
+        file = path.open("r+b")
+    except OSError:
+        path.unlink(missing_ok=True)
+        return
+    with file:
+        path.unlink(missing_ok=True)
+        with suppress(AttributeError):  # Linux alone has this
+            punch = ctypes.CDLL(None).fallocate
+            for start in range(0, os.fstat(file.fileno()).st_size, _WRITTEN_BYTES):
+                part = ctypes.c_int64(start), ctypes.c_int64(_WRITTEN_BYTES)
+                if punch(file.fileno(), _KEEP_SIZE_PUNCH_HOLE, *part):
+                    return  # this file system cannot
 
 
 def _read_packed(source: IO[bytes], digest: str) -> PackedWeights:

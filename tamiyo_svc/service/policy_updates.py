@@ -412,7 +412,8 @@ class PolicyUpdates:
     def _sweep(self) -> None:
         """Remove files that nothing needs, while nobody writes one."""
         try:
-            self._store.sweep(self._manifest)
+            with self._candidates.turns.standing_back():
+                self._store.sweep(self._manifest)
         except OSError as error:
             log.warning("policy.store_failed", error=str(error))
 

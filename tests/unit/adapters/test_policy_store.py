@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import sys
@@ -114,6 +115,31 @@ def test_a_checkpoint_of_many_parts_is_written_whole(tmp_path: Path) -> None:
     name = store.write("digest", data)
 
     assert (store.folder / name).read_bytes() == data
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file goes at once")
+def test_what_a_file_held_goes_while_somebody_still_has_it_open(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    store.write("digest", os.urandom(1_000_000))
+    path = store.folder / "digest.safetensors"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        store.sweep(Manifest())
+
+        assert not path.exists()
+        assert os.fstat(file.fileno()).st_blocks == 0
+        # Where it is mapped, nobody crashes.
+        assert mapped[:] == bytes(1_000_000)
+
+
+def test_a_file_that_may_not_be_written_is_swept_as_well(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    store.write("digest", b"weights")
+    path = store.folder / "digest.safetensors"
+    path.chmod(0o400)
+
+    store.sweep(Manifest())
+
+    assert not path.exists()
 
 
 def test_files_that_nothing_names_are_swept(tmp_path: Path) -> None:
