@@ -156,7 +156,7 @@ class PolicyStore:
         try:
             with path.open("rb") as source:
                 return _read_packed(source, file.digest)
-        except (PolicyRejectedError, ValueError, KeyError, TypeError) as error:
+        except (PolicyRejectedError, ValueError, KeyError, TypeError, MemoryError) as error:
             raise ValueError(f"{file.name}: {error}") from error
         finally:
             _remove(path)
