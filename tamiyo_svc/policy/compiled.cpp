@@ -10,6 +10,9 @@
 #include <cstring>
 #include <vector>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -344,6 +347,21 @@ uint32_t tamiyo_touch(const uint8_t *bytes, uint64_t size) {
   uint32_t sum = 0;
   for (uint64_t place = 0; place < size; place += 64) sum += bytes[place];
   return sum;
+}
+
+// Ends this process after it has given `count` spans of memory back, `step` bytes at a time: pairs of
+// beginning and end, whole pages. Nothing that lies in them may be needed by this function.
+[[noreturn]] void tamiyo_end(const uint64_t *spans, int32_t count, uint64_t step, int32_t code) {
+  constexpr int32_t kMost = 1024;
+  uint64_t kept[2 * kMost];
+  const int32_t most = std::min(count, kMost);
+  for (int32_t place = 0; place < 2 * most; ++place) kept[place] = spans[place];
+  for (int32_t span = 0; span < most; ++span) {
+    const uint64_t end = kept[2 * span + 1];
+    for (uint64_t start = kept[2 * span]; start < end; start += step)
+      madvise(reinterpret_cast<void *>(start), std::min(step, end - start), MADV_DONTNEED);
+  }
+  _exit(code);
 }
 
 // values: (nodes of the first three types, node_heads.n); deep: (graphs, hidden_heads.n)

@@ -122,6 +122,8 @@ class Library:
         self.touch.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
         self.touch.restype = ctypes.c_uint32
         self.panel = int(library.tamiyo_panel())
+        self.end = library.tamiyo_end
+        self.end.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 from redis import Redis
 
@@ -48,7 +48,7 @@ from tamiyo_svc.leyline.envelope import (
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.policy.update import PackedFile, TakenUpdates, check_order, read_action
 from tamiyo_svc.service.courtesy import ThreadTurns, take_idle_time_only
-from tamiyo_svc.service.loader_memory import bound_memory, keep_freed_memory
+from tamiyo_svc.service.loader_memory import bound_memory, end_in_steps, keep_freed_memory
 from tamiyo_svc.taxonomy import PolicyRejection, PolicyUpdateAction, WeightDtype
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
             code = 0
         finally:
             take_idle_time_only()
-            os._exit(code)
+            _end(request, code)
     os.close(sender)
     with open(receiver, "rb", buffering=0) as pipe:
         # The first line says that there is something to examine.
@@ -278,6 +278,16 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
         os._exit(abs(code))
     answer: dict[str, Any] = json.loads(text)
     return answer
+
+
+def _end(request: LoaderRequest, code: int) -> NoReturn:
+    """End this process; in steps, where there is half a gigabyte and the compiled form for that."""
+    # Without that module it never loaded weights.
+    compiled = sys.modules.get("tamiyo_svc.policy.compiled")
+    if request.library and compiled is not None:
+        with suppress(OSError, AttributeError):
+            end_in_steps(compiled.Library(Path(request.library)), code)
+    os._exit(code)
 
 
 def idle_patience_s(request: LoaderRequest) -> float:
