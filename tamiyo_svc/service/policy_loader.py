@@ -282,12 +282,14 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
 
 def _end(request: LoaderRequest, code: int) -> NoReturn:
     """End this process; in steps, where there is half a gigabyte and the compiled form for that."""
-    # Without that module it never loaded weights.
-    compiled = sys.modules.get("tamiyo_svc.policy.compiled")
-    if request.library and compiled is not None:
-        with suppress(OSError, AttributeError):
+    try:
+        # Without that module it never loaded weights.
+        compiled = sys.modules.get("tamiyo_svc.policy.compiled")
+        if request.library and compiled is not None:
             end_in_steps(compiled.Library(Path(request.library)), code)
-    os._exit(code)
+    finally:
+        # Whatever failed, there may be memory for nothing else.
+        os._exit(code)
 
 
 def idle_patience_s(request: LoaderRequest) -> float:
