@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,45 @@ def test_files_that_nothing_names_are_swept(tmp_path: Path) -> None:
 
     names = {path.name for path in store.folder.iterdir()}
     assert names == {"manifest.json", kept[0].file, kept[1].file, kept[2].file}
+
+
+def test_a_checkpoint_named_by_its_path_is_not_swept_from_the_folder(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    kept = _kept(store)
+    named = replace(kept, file=str((store.folder / kept.file).resolve()))
+
+    store.sweep(Manifest(current=named))
+
+    assert store.open(named, Vocabularies()).digest == kept.digest
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_what_a_file_held_stays_where_it_has_another_name(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"weights")
+    store = PolicyStore(tmp_path)
+    store.folder.mkdir()
+    link(store.folder / "linked.safetensors", elsewhere)
+
+    store.sweep(Manifest())
+
+    assert list(store.folder.iterdir()) == []
+    assert elsewhere.read_bytes() == b"weights"
+
+
+def test_a_file_stays_for_as_long_as_its_network_does(tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path)
+    kept = _kept(store)
+    policy = store.open(kept, Vocabularies())
+
+    store.sweep(Manifest())
+
+    assert weights_digest(policy.network) == kept.digest
+    del policy
+    store.sweep(Manifest())
+    assert list(store.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "swapped", "removed", "header"])
