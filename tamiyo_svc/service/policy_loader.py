@@ -264,10 +264,8 @@ def _ask_child(request: LoaderRequest, *, in_idle_time: bool) -> dict[str, Any] 
     with open(receiver, "rb", buffering=0) as pipe:
         # The first line says that there is something to examine.
         pipe.readline()
-        patience_s = idle_patience_s(request) if in_idle_time else 0.0
-        in_time = not in_idle_time or (
-            patience_s > 0 and bool(select.select([pipe], [], [], patience_s)[0])
-        )
+        patience_s = idle_patience_s(request) if in_idle_time else None
+        in_time = patience_s != 0 and bool(select.select([pipe], [], [], patience_s)[0])
         if not in_time:
             os.kill(child, signal.SIGKILL)
         text = pipe.read()
