@@ -93,7 +93,7 @@ class TamiyoRun:
             self.rate,
             blueprint_ids=bank.blueprints if bank else (),
             build=bank.build if bank else _no_build,
-            impact=bank.impact if bank else lambda _: 0.0,
+            impact=bank.impact if bank else _nobody_evaluates,
             optimizer_ids=self._optimizer_ids,
             blend_steps=self.settings.blend_steps,
         )
@@ -264,6 +264,10 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> float | None:
     norms = torch._foreach_norm(gradients)
     total = float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))
     return total if math.isfinite(total) else math.nan
+
+
+def _nobody_evaluates(_: Any) -> None:
+    return None
 
 
 def _no_build(_: Any, blueprint_id: str) -> nn.Module:

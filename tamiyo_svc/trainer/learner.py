@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tamiyo_svc.client.seeds.gates import Impact
 from tamiyo_svc.client.seeds.lifecycle import JOINED, TRAINING, Seed
 from tamiyo_svc.trainer.data import Samples
 from tamiyo_svc.trainer.network import HostNetwork
@@ -129,8 +130,8 @@ class Learner:
 def _step_seed(seed: Seed, loss: float) -> None:
     norm = float(nn.utils.clip_grad_norm_(seed.parameters, _MAX_GRADIENT_NORM))
     seed.observe(loss, norm)
-    if seed.optimizer is not None and math.isfinite(norm):
-        seed.optimizer.step()
+    if math.isfinite(norm):
+        seed.learn()
 
 
 @torch.no_grad()
@@ -141,13 +142,14 @@ def evaluate(network: HostNetwork, samples: Samples) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure_impact(network: HostNetwork, seed: Seed, samples: Samples) -> float:
-    """Loss with the seed in full minus loss without it, below 0 when it helps."""
+def measure_impact(network: HostNetwork, seed: Seed, samples: Samples) -> Impact:
+    """What the seed in full is worth; the same samples give the same loss each time."""
     network.eval()
     joined = seed.stage in JOINED
     present = network(samples.images) if joined else network.trial(samples.images, seed.index)
     absent = network(samples.images, without=seed.index)
-    return _score(present, samples)[0] - _score(absent, samples)[0]
+    loss = _score(absent, samples)[0]
+    return Impact(_score(present, samples)[0] - loss, 0.0, loss)
 
 
 def _score(logits: Tensor, samples: Samples) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tamiyo_svc.client.seeds.blending import CONVEX, Mixing
+from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.trainer.data import CLASSES
 
 CHANNELS: Final = (12, 24, 24)
@@ -30,6 +31,8 @@ class SeedSlot(nn.Module):
         self.alpha = 0.0
         self.mixing: Mixing = CONVEX
         self.seed: nn.Module | None = None
+        self.stage: leyline.SeedLifecycleStage = leyline.SEED_STAGE_DORMANT
+        self.blueprint_id = ""
 
     def forward(self, host: Tensor) -> Tensor:
         """Features of shape (n, channels, y, x), with the seed's part in them."""

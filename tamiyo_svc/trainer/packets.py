@@ -44,4 +44,4 @@ def build_packet(
 def seed_state(seed: Seed, epoch: int) -> leyline.SeedState:
     """What the packet says about one seed, its blueprint's risk included."""
     blueprint = BLUEPRINTS.get(seed.blueprint_id)
-    return describe_seed(seed, epoch, blueprint.risk if blueprint else None)
+    return describe_seed(seed, epoch, blueprint.risk if blueprint else 0.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -12,40 +12,34 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from tamiyo_svc.client.seeds.blending import Mixing, Schedule
+from tamiyo_svc.client.seeds.bake import bake
 from tamiyo_svc.client.seeds.blueprints import BLUEPRINTS, Build
+from tamiyo_svc.client.seeds.gates import Impact
 from tamiyo_svc.client.seeds.lifecycle import CULLED, JOINED, TRAINING, Seed, describe_seed
-from tamiyo_svc.client.seeds.ranks import average, average_gradients, is_shared
-from tamiyo_svc.client.seeds.slot import Slot
+from tamiyo_svc.client.seeds.places import find_home, find_neighbour
+from tamiyo_svc.client.seeds.ranks import WORLD
+from tamiyo_svc.client.seeds.slot import CHILD, Slot
+from tamiyo_svc.client.seeds.snapshot import restore_place, restore_seed, save_seed
+from tamiyo_svc.client.seeds.undisturbed import undisturbed, undisturbed_generators
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.taxonomy import BlendMode
 
 _LOG: Final = logging.getLogger("tamiyo.client")
 _MAX_GRADIENT_NORM: Final = 5.0
-_CARRIED: Final = (
-    "stage",
-    "blueprint_id",
-    "blend_steps",
-    "steps_in_stage",
-    "germinated_epoch",
-    "gradient_norm",
-    "loss_fast",
-    "loss_slow",
-    "impact",
-)
+_MEASUREMENTS: Final = 4
+"""How often a seed's worth is measured where the validation loss is not the same twice."""
 
 
 class SeedBank:
-    """Seeds in `model`, which stays itself: hooks are all it gains, and `detach` removes them.
+    """Seeds in `model`, which stays itself: slots are all it gains, and `detach` removes them.
 
-    A seed in isolated training has its own optimizer and its own pass through the network, in
-    which everything else is frozen; the host's weights, gradients, buffers and random numbers
-    are the same as without it. A seed that joined the network gets its gradients from the host's
-    own backward pass. `model` is the bare network, not its data-parallel wrapper; with
+    A seed in isolated training has its own optimizer and its own pass through the network, cut off
+    from what made its input; the host's weights, gradients, buffers, modes and random numbers are
+    the same as without it. A seed that joined the network gets its gradients from the host's own
+    backward pass. `model` is the bare network, not its data-parallel wrapper; with
     `torch.distributed` running the seeds' gradients, losses and worth are averaged over all ranks,
     which must give the same `random_seed`. `evaluate` gives the validation loss of the network as
-    it is; without it no gate asks whether a seed helps. A seed that raises an error is taken out
-    again, as if it had been culled.
+    it is; without it no gate asks whether a seed helps. `risks` are those of the blueprints, in 0
+    to 1. A seed that raises an error is taken out again, as if it had been culled.
     """
 
     def __init__(
@@ -55,42 +49,85 @@ class SeedBank:
         *,
         random_seed: int = 0,
         evaluate: Callable[[], float] | None = None,
+        risks: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.blueprints = dict(BLUEPRINTS if blueprints is None else blueprints)
+        self.risks = dict(risks or {})
         self.seeds: list[Seed] = []
+        self.learning_rate = 1e-3
+        """That of seeds whose own is not known."""
         self.isolation_violations = 0
+        """How many parameters' gradients isolated training has changed in this step."""
         self._slots: list[Slot] = []
+        self._places: list[tuple[str, str]] = []
         self._random_seed = random_seed
         self._evaluate = evaluate
+        self._told: set[str] = set()
 
     def attach(self, name: str, seed_id: str = "", channel_dim: int | None = None) -> Seed:
         """Open a slot behind the submodule of this dotted name.
 
         Raises:
             AttributeError: the network has no such submodule.
-            ValueError: the seed id is taken.
+            ValueError: the seed id is taken, or the place can hold no slot.
         """
-        module = self.model.get_submodule(name)
+        host = self.model.get_submodule(name)
         index = len(self.seeds)
         seed_id = seed_id or f"seed-{index}"
         if any(seed.seed_id == seed_id for seed in self.seeds):
             raise ValueError(f"there is a seed {seed_id!r} already")
-        slot = Slot(module, channel_dim)
+        home_name = find_home(self.model, name)
+        home = self.model.get_submodule(home_name)
+        child, number = CHILD, 1
+        while hasattr(home, child):
+            number += 1
+            child = f"{CHILD}_{number}"
+        slot = Slot(host, child, find_neighbour(self.model, home_name), channel_dim)
+        slot.bank = weakref.ref(self)
+        home.add_module(child, slot)
         seed = Seed(index, slot, seed_id)
         self._slots.append(slot)
+        self._places.append((name, home_name))
         self.seeds.append(seed)
         return seed
 
     def detach(self) -> None:
-        """Take every seed and every hook out; the network is as it was before `attach`."""
-        for slot in self._slots:
-            slot.detach()
+        """Take every seed and every slot out; the network is as it was before `attach`."""
+        for slot, (_, home) in zip(self._slots, self._places, strict=True):
+            slot.clear()
+            slot.unhook()
+            del self.model.get_submodule(home)._modules[slot.child]
         self._slots.clear()
+        self._places.clear()
         self.seeds.clear()
 
+    def bake(self) -> nn.Module:
+        """A copy of the network without Tamiyo, what has joined built in: equal bit for bit.
+
+        It is made of torch's modules and the network's own, so that it can be saved, loaded where
+        Tamiyo is not installed, traced, exported and compiled. A module with a seed behind it
+        becomes one of generated code with the children `host` and `seed`.
+
+        Raises:
+            Exception: whatever copying the network raises.
+        """
+        return bake(self.model, list(zip(self._places, self._slots, strict=True)))
+
+    def average(self, averaged: nn.Module, weight: float) -> None:
+        """Move the seeds of a copy of the network towards the present ones by `weight`, 0 to 1.
+
+        To be called beside whatever averages the weights of a copy, such as
+        `AveragedModel.update_parameters`, with 1 minus its decay: averages know parameters of the
+        host alone. A seed the copy has not yet is put in as it is.
+        """
+        for twin in averaged.modules():
+            if isinstance(twin, Slot) and (original := twin.copied_from()) in self._slots:
+                assert original is not None
+                twin.move_towards(original, weight)
+
     def build(self, seed: Seed, blueprint_id: str) -> nn.Module:
-        """A fresh module, tried in the seed's place; the global random numbers stay as they were.
+        """A fresh module, tried in the seed's place; all random generators stay as they were.
 
         Raises:
             KeyError: no such blueprint.
@@ -99,8 +136,11 @@ class SeedBank:
         """
         slot = self._slots[seed.index]
         if not slot.channels:
-            raise ValueError("no tensor has passed this place yet")
-        with torch.random.fork_rng(devices=[]):
+            raise ValueError(
+                "no tensor, nor a tuple that begins with one, has passed behind "
+                f"{self._places[seed.index][0] or 'the network'} yet"
+            )
+        with undisturbed_generators(p.device for p in self.model.parameters()):
             torch.manual_seed(self._random_seed + seed.index)
             module = self.blueprints[blueprint_id](slot.channels)
             slot.check(module)
@@ -111,65 +151,82 @@ class SeedBank:
         """Whether a seed is in isolated training."""
         return any(seed.stage == TRAINING for seed in self.seeds)
 
-    def train_isolated(self, loss: Callable[[], Tensor]) -> None:
-        """Train each seed in isolation by one step on `loss`, a pass through the bare network."""
+    def follow(self, learning_rate: float) -> None:
+        """Train with the host's learning rate from now on."""
+        self.learning_rate = learning_rate
         for seed in self.seeds:
+            seed.follow(learning_rate)
+
+    def train_isolated(self, loss: Callable[[], Tensor], *, scale: float = 1.0) -> None:
+        """Train each seed in isolation by one step on `loss`, a pass through the bare network.
+
+        `scale` is that of a gradient scaler, which small float16 gradients need here too.
+        """
+        for seed, slot in zip(self.seeds, self._slots, strict=True):
             if seed.stage != TRAINING:
                 continue
-            reached, failure = math.nan, None
+            reached = math.nan
             try:
                 with self._isolated(seed):
-                    with torch.enable_grad():
-                        value = loss()
-                    if value.requires_grad:
-                        value.backward()  # type: ignore[no-untyped-call]
-                reached = float(value.detach())
-            # A seed's error must not end its host's training.
+                    reached = _backward(seed, loss, scale)
+            # What the network or the caller's function raises ends neither the seed nor training.
             except Exception as error:
-                failure = error
-            _step(seed, reached, failure)
-            # Its traceback holds this frame, and so all tensors of the step in a cycle.
-            del failure
+                self._tell(f"the isolated pass of seed {seed.seed_id} gave no gradient", error)
+            self._step(seed, slot, reached, scale)
 
-    def step(self, loss: float) -> None:
-        """Train the seeds that joined the network with the gradients of its backward pass."""
+    def step(self, loss: float, *, scale: float = 1.0) -> None:
+        """Train the seeds that joined the network with the gradients of its backward pass.
+
+        `scale` is what the loss was multiplied by for that, as gradient scalers do.
+        """
+        self.isolation_violations = 0
         for seed, slot in zip(self.seeds, self._slots, strict=True):
             if seed.stage in JOINED:
-                _step(seed, loss, slot.failure)
+                self._step(seed, slot, loss, scale)
 
     def advance(self, *, blend: bool) -> None:
         """Count one training step; while blending, and if `blend`, alphas follow their schedule."""
         for seed in self.seeds:
             seed.advance(blend=blend)
 
-    def impact(self, seed: Seed) -> float:
-        """Validation loss with the seed in full minus that without it, 0 if nobody evaluates."""
+    def impact(self, seed: Seed) -> Impact | None:
+        """What the seed in full is worth, None if nobody evaluates; the same on all ranks.
+
+        Where two evaluations of the same network differ it is measured several times.
+
+        Raises:
+            Exception: whatever `evaluate` or the seed raises, here or on another rank.
+        """
         if self._evaluate is None:
-            return 0.0
+            return None
         slot = self._slots[seed.index]
-        with self._undisturbed(), torch.no_grad():
-            slot.isolated = seed.stage not in JOINED
-            try:
-                present = self._evaluate()
-                slot.silent = True
-                difference = present - self._evaluate()
-            finally:
-                slot.isolated = slot.silent = False
-        if is_shared():
-            (difference,) = average((difference,), seed.parameters)
-        return difference
+        measured, failure = Impact(math.nan), None
+        try:
+            with self._judged(seed, slot):
+                measured = self._measure(slot)
+            failure = slot.failure
+        except Exception as error:
+            failure = error
+        difference, noise, loss, failed = WORLD.average(
+            [measured.difference, measured.noise, measured.loss, float(failure is not None)]
+        )
+        if failed:
+            raise failure or RuntimeError("evaluation failed on another rank")
+        return Impact(difference, noise, loss)
 
     def states(
         self, epoch: int, risks: Mapping[str, float] | None = None
     ) -> list[leyline.SeedState]:
-        """Every seed as a packet describes it; `risks` are those of the blueprints."""
+        """Every seed as a packet describes it; `risks` replace the bank's own."""
+        known = self.risks if risks is None else risks
         return [
-            describe_seed(seed, epoch, (risks or {}).get(seed.blueprint_id)) for seed in self.seeds
+            describe_seed(seed, epoch, known.get(seed.blueprint_id, 0.0)) for seed in self.seeds
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything about the seeds, to be saved with a checkpoint."""
-        return {seed.seed_id: _save(seed) for seed in self.seeds}
+        """Everything about the seeds as plain values and tensors, to be saved with a checkpoint."""
+        pairs = zip(self.seeds, self._slots, strict=True)
+        return {seed.seed_id: save_seed(seed, slot) for seed, slot in pairs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave; the same seeds must be attached.
@@ -177,111 +234,157 @@ class SeedBank:
         Raises:
             KeyError: a seed or its blueprint is missing.
         """
-        for seed in self.seeds:
+        missing = [seed.seed_id for seed in self.seeds if seed.seed_id not in state]
+        if missing:
+            raise KeyError(f"no seed {', '.join(missing)} was saved, only {', '.join(state)}")
+        for seed, slot in zip(self.seeds, self._slots, strict=True):
             saved = state[seed.seed_id]
-            seed.slot.clear()
-            seed.optimizer = None
-            if saved["module"] is not None:
-                self._replant(seed, saved)
-            for name in _CARRIED:
-                setattr(seed, name, saved[name])
-            seed.schedule = Schedule(**saved["schedule"])
-            mixing = dict(saved["mixing"])
-            seed.slot.mixing = Mixing(
-                **{
-                    **mixing,
-                    "mode": BlendMode(mixing["mode"]),
-                    "alpha_vec": tuple(mixing["alpha_vec"]),
-                }
-            )
-            seed.slot.alpha = saved["alpha"]
+            restore_place(slot, saved)
+            planted = saved["module"] is not None
+            module = self.build(seed, saved["blueprint_id"]) if planted else None
+            restore_seed(seed, slot, saved, module)
 
-    def _replant(self, seed: Seed, saved: Mapping[str, Any]) -> None:
-        seed.slot.channels = saved["channels"]
-        seed.slot.channel_dim = saved["channel_dim"]
-        module = self.build(seed, saved["blueprint_id"])
-        seed.germinate(saved["blueprint_id"], module, saved["learning_rate"], 1)
-        # The host's device; the slot knows it only after the first pass.
-        module.to(next(self.model.parameters()).device)
-        module.load_state_dict(saved["module"])
-        if seed.optimizer is not None:
-            seed.optimizer.load_state_dict(saved["optimizer"])
+    def restore(
+        self, slot: Slot, description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Give a slot the seed that its network's own state dict holds.
+
+        Raises:
+            KeyError: no such blueprint.
+            Exception: whatever building it raises.
+        """
+        seed = self.seeds[self._slots.index(slot)]
+        blueprint_id = description["blueprint_id"]
+        if slot.seed is None or slot.blueprint_id != blueprint_id:
+            restore_place(slot, description)
+            module = self.build(seed, blueprint_id)
+            seed.germinate(blueprint_id, module, self.learning_rate, 1)
+            seed.had_gradient = seed.moved = True
+            seed.enter(description["stage"])
+        elif seed.stage in JOINED and not description["alpha"]:
+            _LOG.warning(
+                "the weights that were loaded are from before seed %s joined: it has no part in "
+                "the network any more",
+                seed.seed_id,
+            )
+        slot.take(description, tensors)
+
+    def _measure(self, slot: Slot) -> Impact:
+        evaluate = self._evaluate
+        assert evaluate is not None
+
+        def absent() -> float:
+            slot.silent = True
+            try:
+                return float(evaluate())
+            finally:
+                slot.silent = False
+
+        first, loss = float(evaluate()), absent()
+        differences = [first - loss]
+        if float(evaluate()) != first:
+            differences += [float(evaluate()) - absent() for _ in range(_MEASUREMENTS - 1)]
+        return Impact.of(differences, loss)
+
+    @contextmanager
+    def _judged(self, seed: Seed, slot: Slot) -> Iterator[None]:
+        with self._undisturbed(None), torch.no_grad():
+            slot.isolated = seed.stage not in JOINED
+            try:
+                yield
+            finally:
+                slot.isolated = slot.silent = False
 
     @contextmanager
     def _isolated(self, seed: Seed) -> Iterator[None]:
         slot = self._slots[seed.index]
-        own = set(seed.parameters)
-        others = [p for p in self._all_parameters() if p not in own]
-        frozen = [p for p in others if p.requires_grad]
-        before = [_gradient_mark(p) for p in others]
-        with self._undisturbed():
-            for parameter in frozen:
-                parameter.requires_grad = False
+        others = [
+            *self.model.named_parameters(),
+            *((f"{o.seed_id}.{n}", p) for o in self.seeds if o is not seed for n, p in o.named()),
+        ]
+        before = [_gradient_mark(parameter) for _, parameter in others]
+        with self._undisturbed(seed):
             slot.isolated = True
             try:
                 yield
             finally:
                 slot.isolated = False
-                for parameter in frozen:
-                    parameter.requires_grad = True
-        marks = zip(others, before, strict=True)
-        self.isolation_violations += sum(_gradient_mark(p) != mark for p, mark in marks)
+                for (name, parameter), mark in zip(others, before, strict=True):
+                    gradient, version = _gradient_mark(parameter)
+                    if gradient is not mark[0] or version != mark[1]:
+                        self._put_back(name, parameter, mark[0])
 
-    def _all_parameters(self) -> list[nn.Parameter]:
-        joined = [p for seed in self.seeds for p in seed.parameters]
-        return [*self.model.parameters(), *joined]
+    def _put_back(self, name: str, parameter: nn.Parameter, before: Tensor | None) -> None:
+        zeroed = parameter.grad is None or not parameter.grad.any()
+        if parameter.grad is not before:
+            parameter.grad = before
+        # Whoever clears gradients before a pass has not let that pass reach them.
+        if not zeroed:
+            self.isolation_violations += 1
+            self._tell(f"isolated training has changed the gradient of {name}")
 
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Run passes through the network that leave its buffers and random numbers alone."""
-        buffers = list(self.model.buffers())
-        saved = [buffer.clone() for buffer in buffers]
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            try:
-                yield
-            finally:
-                with torch.no_grad():
-                    for buffer, value in zip(buffers, saved, strict=True):
-                        buffer.copy_(value)
+    def _undisturbed(self, trained: Seed | None) -> Any:
+        others = [b for seed in self.seeds if seed is not trained for b in seed.buffers]
+        return undisturbed(self.model, others)
 
-
-def _step(seed: Seed, loss: float, failure: Exception | None) -> None:
-    if seed.optimizer is None:
-        return
-    failed = failure is not None
-    if is_shared():
-        average_gradients(seed.parameters)
+    def _step(self, seed: Seed, slot: Slot, loss: float, scale: float) -> None:
+        if seed.optimizer is None or (WORLD.shared and WORLD.apart):
+            return
+        _divide_gradients(seed, scale)
+        WORLD.average_gradients(seed.parameters)
+        WORLD.take_from_first(seed.buffers)
         # A gate must open on all ranks or on none, and a seed that failed on one leave them all.
-        loss, share = average((loss, float(failed)), seed.parameters)
-        failed = share > 0.0
-    if failed:
-        _LOG.error("seed %s failed and is taken out: %s", seed.seed_id, failure, exc_info=failure)
-        seed.remove(CULLED)
-        return
-    norm = float(nn.utils.clip_grad_norm_(seed.parameters, _MAX_GRADIENT_NORM))
-    seed.observe(loss, norm)
-    if math.isfinite(norm):
-        seed.optimizer.step()
-    seed.optimizer.zero_grad(set_to_none=True)
+        loss, failed = WORLD.average((loss, float(slot.failure is not None)))
+        if failed:
+            error = slot.failure
+            _LOG.error(
+                "seed %s failed and is taken out: %s",
+                seed.seed_id,
+                error or "on another rank",
+                exc_info=error,
+            )
+            # Its traceback holds this frame, and so all tensors of the step in a cycle.
+            del error
+            seed.remove(CULLED)
+            return
+        norm = float(nn.utils.clip_grad_norm_(seed.parameters, _MAX_GRADIENT_NORM))
+        seed.observe(loss, norm)
+        if math.isfinite(norm):
+            seed.learn()
+        seed.optimizer.zero_grad(set_to_none=True)
+
+    def _tell(self, what: str, error: Exception | None = None) -> None:
+        """Log each thing once, as it may come back with every step."""
+        if what not in self._told:
+            self._told.add(what)
+            _LOG.warning("%s, as may happen again%s", what, f": {error}" if error else "")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for slot, (_, home) in zip(self._slots, self._places, strict=True):
+            slot.bank = weakref.ref(self)
+            slot.settle(find_neighbour(self.model, home))
 
 
-def _gradient_mark(parameter: nn.Parameter) -> tuple[int, int]:
+def _backward(seed: Seed, loss: Callable[[], Tensor], scale: float) -> float:
+    """The loss of a pass whose gradients reach the seed and nothing else."""
+    with torch.enable_grad():
+        value = loss()
+    parameters = [p for p in seed.parameters if p.requires_grad]
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value * scale, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    return float(value.detach())
+
+
+def _divide_gradients(seed: Seed, scale: float) -> None:
+    if scale != 1.0:
+        for parameter in seed.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= scale
+
+
+def _gradient_mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
     gradient = parameter.grad
-    return (0, 0) if gradient is None else (id(gradient), gradient._version)
-
-
-def _save(seed: Seed) -> dict[str, Any]:
-    module, optimizer = seed.slot.seed, seed.optimizer
-    return {
-        **{name: getattr(seed, name) for name in _CARRIED},
-        "stage": int(seed.stage),
-        "alpha": seed.slot.alpha,
-        "channels": seed.slot.channels,
-        "channel_dim": seed.slot.channel_dim,
-        "learning_rate": seed.learning_rate,
-        "schedule": dataclasses.asdict(seed.schedule),
-        "mixing": {**dataclasses.asdict(seed.slot.mixing), "mode": str(seed.slot.mixing.mode)},
-        "module": None if module is None else module.state_dict(),
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
-    }
+    return gradient, 0 if gradient is None else gradient._version

@@ -87,12 +87,18 @@ class Mixing:
     alpha_vec: tuple[float, ...] = ()
     channel_dim: int = 1
 
-    def mix(self, host: Tensor, residual: Tensor, alpha: float) -> Tensor:
-        """Host features with the seed's contribution, same shape."""
+    def mix(
+        self, host: Tensor, residual: Tensor, alpha: float, *, rank: int | None = None
+    ) -> Tensor:
+        """Host features with the seed's contribution, same shape.
+
+        `rank` is their number of dimensions where they are placeholders that cannot tell.
+        """
+        rank = host.ndim if rank is None else rank
         if self.mode is BlendMode.RESIDUAL:
             return host + alpha * residual
         if self.mode is BlendMode.CHANNEL:
-            shape = [1] * host.ndim
+            shape = [1] * rank
             shape[self.channel_dim] = -1
             weights = host.new_tensor(self.alpha_vec).view(shape)
             return host + alpha * weights * residual
@@ -101,7 +107,7 @@ class Mixing:
             change = residual.detach().flatten(1).norm(dim=1) / size
             gate = torch.exp(-self.gate_k * (change - self.gate_tau).clamp_min(0.0))
             weight = (alpha * gate).clamp(self.alpha_lo, self.alpha_hi)
-            return host + weight.view(-1, *[1] * (host.ndim - 1)) * residual
+            return host + weight.view(-1, *[1] * (rank - 1)) * residual
         return (1.0 - alpha) * host + alpha * (host + residual)
 
 

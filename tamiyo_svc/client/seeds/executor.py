@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from torch import nn
 
 from tamiyo_svc.client.seeds.blending import read_mixing, read_schedule
-from tamiyo_svc.client.seeds.gates import GateFacts, GateFailure, check_gate
+from tamiyo_svc.client.seeds.gates import GateFacts, GateFailure, Impact, check_gate
 from tamiyo_svc.client.seeds.lifecycle import (
     BLENDING,
     CULLED,
@@ -23,6 +23,7 @@ from tamiyo_svc.client.seeds.lifecycle import (
     TRANSITIONS,
     Seed,
 )
+from tamiyo_svc.client.seeds.ranks import WORLD
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 _PATIENCE_STEPS: Final = 120
@@ -40,6 +41,7 @@ class Refusal(StrEnum):
     UNKNOWN_OPTIMIZER = "unknown_optimizer"
     INVALID_PARAMETER = "invalid_parameter"
     UNSUPPORTED = "unsupported"
+    FAILED_ON_A_RANK = "failed_on_a_rank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,10 @@ class LearningRate(Protocol):
 class CommandExecutor:
     """Changes seeds and learning rate on command; holds the state of the run's circuit breaker.
 
-    `build` makes the module of a blueprint for a seed's place; `impact` measures the validation
-    loss with a seed in full minus that without it; `optimizer_ids` are the names by which an
-    optimizer command may mean this run's.
+    `build` makes the module of a blueprint for a seed's place; `impact` measures what a seed is
+    worth, None where nobody can tell; `optimizer_ids` are the names by which an optimizer command
+    may mean this run's. `all_agree` tells whether what this rank found is so on all of them: until
+    then a command has no effect anywhere.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class CommandExecutor:
         *,
         blueprint_ids: Collection[str],
         build: Callable[[Seed, str], nn.Module],
-        impact: Callable[[Seed], float],
+        impact: Callable[[Seed], Impact | None],
         optimizer_ids: Collection[str],
         blend_steps: int,
+        all_agree: Callable[[bool], bool] = WORLD.all_agree,
     ) -> None:
         self._seeds = seeds
         self._rate = rate
@@ -92,6 +96,7 @@ class CommandExecutor:
         self._measure = impact
         self._optimizer_ids = optimizer_ids
         self._blend_steps = blend_steps
+        self._all_agree = all_agree
         self.breaker: leyline.CircuitBreakerState = leyline.CIRCUIT_STATE_CLOSED
 
     def apply(self, command: leyline.AdaptationCommand, epoch: int) -> Execution:
@@ -141,8 +146,22 @@ class CommandExecutor:
             if failure is GateFailure.NOT_HELPING and _is_final(seed):
                 seed.remove(CULLED)
             return Execution(Refusal.GATE, failure)
-        self._move(seed, target, command, epoch)
+        module = None
+        if target == GERMINATED:
+            module = self._built(seed, blueprint_id)
+            if module is None:
+                return Execution(Refusal.FAILED_ON_A_RANK)
+        self._move(seed, target, command, epoch, module)
         return APPLIED
+
+    def _built(self, seed: Seed, blueprint_id: str) -> nn.Module | None:
+        """The module if every rank has one, None if another has none; raises where it fails."""
+        module: nn.Module | None = None
+        try:
+            module = self._build(seed, blueprint_id)
+        finally:
+            everywhere = self._all_agree(module is not None)
+        return module if everywhere else None
 
     def _move(
         self,
@@ -150,10 +169,10 @@ class CommandExecutor:
         target: leyline.SeedLifecycleStage,
         command: leyline.AdaptationCommand,
         epoch: int,
+        module: nn.Module | None,
     ) -> None:
-        if target == GERMINATED:
+        if module is not None:
             blueprint_id = command.seed_operation.blueprint_id
-            module = self._build(seed, blueprint_id)
             seed.germinate(blueprint_id, module, self._rate.learning_rate, epoch)
         elif target == BLENDING:
             seed.start_blending(
@@ -168,17 +187,19 @@ class CommandExecutor:
             seed.enter(target)
 
     def _facts(self, seed: Seed) -> GateFacts:
-        def impact() -> float:
-            seed.impact = self._measure(seed)
-            return seed.impact
+        def impact() -> Impact | None:
+            measured = self._measure(seed)
+            seed.impact = 0.0 if measured is None else measured.difference
+            return measured
 
         return GateFacts(
             steps_in_stage=seed.steps_in_stage,
-            gradient_norm_finite=math.isfinite(seed.gradient_norm),
+            gradient_norm_finite=seed.gradients_finite,
             loss_fast=seed.loss_fast,
             loss_slow=seed.loss_slow,
             alpha=seed.slot.alpha,
             impact=impact,
+            idle=seed.idle,
         )
 
 

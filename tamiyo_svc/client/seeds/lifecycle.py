@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
 from tamiyo_svc.client.seeds.blending import Mixing, Schedule
+from tamiyo_svc.client.seeds.gates import GateFailure
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 DORMANT: Final = leyline.SEED_STAGE_DORMANT
@@ -52,6 +53,8 @@ _ALPHA_TEMPERATURE: Final = 1.0
 _FAST: Final = 0.3
 _SLOW: Final = 0.1
 _WEIGHT_DECAY: Final = 1e-3
+_HALF_EPSILON: Final = 1e-4
+"""Added to the root of the second moment where weights are float16, whose squares underflow."""
 
 
 class Place(Protocol):
@@ -64,7 +67,12 @@ class Place(Protocol):
     channel_dim: int
     alpha: float
     mixing: Mixing
-    seed: nn.Module | None
+    stage: leyline.SeedLifecycleStage
+    blueprint_id: str
+
+    @property
+    def seed(self) -> nn.Module | None:
+        """The module planted here."""
 
     def plant(self, seed: nn.Module) -> None:
         """Put a seed in, taking no part yet."""
@@ -83,8 +91,6 @@ class Seed:
         self.index = index
         self.seed_id = seed_id or f"seed-{index}"
         self.slot = slot
-        self.stage: leyline.SeedLifecycleStage = DORMANT
-        self.blueprint_id = ""
         self.optimizer: torch.optim.Optimizer | None = None
         self.schedule = Schedule()
         self.blend_steps = 0
@@ -94,6 +100,38 @@ class Seed:
         self.loss_fast = math.nan
         self.loss_slow = math.nan
         self.impact = 0.0
+        self.gradients_finite = True
+        self.had_gradient = False
+        """Whether any gradient but zero has reached it."""
+        self.moved = False
+        """Whether a step of its optimizer has changed its weights."""
+
+    @property
+    def stage(self) -> leyline.SeedLifecycleStage:
+        """Where it is in its life."""
+        return self.slot.stage
+
+    @stage.setter
+    def stage(self, stage: leyline.SeedLifecycleStage) -> None:
+        self.slot.stage = stage
+
+    @property
+    def blueprint_id(self) -> str:
+        """What it was grown from, empty while nothing is planted."""
+        return self.slot.blueprint_id
+
+    @blueprint_id.setter
+    def blueprint_id(self, blueprint_id: str) -> None:
+        self.slot.blueprint_id = blueprint_id
+
+    @property
+    def idle(self) -> GateFailure | None:
+        """What kept it from learning anything, None if it learned."""
+        if self.moved:
+            return None
+        if self.learning_rate == 0.0:
+            return GateFailure.LEARNING_RATE_ZERO
+        return GateFailure.WEIGHTS_UNMOVED if self.had_gradient else GateFailure.NO_GRADIENT
 
     @property
     def stage_name(self) -> str:
@@ -104,6 +142,20 @@ class Seed:
     def parameters(self) -> list[nn.Parameter]:
         """The seed module's parameters, none while the slot is empty."""
         return [] if self.slot.seed is None else list(self.slot.seed.parameters())
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The seed module's buffers, such as running statistics."""
+        return [] if self.slot.seed is None else list(self.slot.seed.buffers())
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters with their names in the module."""
+        return [] if self.slot.seed is None else list(self.slot.seed.named_parameters())
+
+    def follow(self, learning_rate: float) -> None:
+        """Train with this learning rate from now on."""
+        for group in self.optimizer.param_groups if self.optimizer else ():
+            group["lr"] = learning_rate
 
     @property
     def learning_rate(self) -> float:
@@ -129,6 +181,7 @@ class Seed:
         self.slot.plant(module)
         self.optimizer = optimizer
         self.germinated_epoch = epoch
+        self.had_gradient = self.moved = False
         self.enter(GERMINATED)
 
     def start_blending(self, schedule: Schedule, mixing: Mixing) -> None:
@@ -150,6 +203,7 @@ class Seed:
         self.slot.clear()
         self.optimizer = None
         self.gradient_norm = 0.0
+        self.gradients_finite = True
         if stage == DORMANT:
             self.blueprint_id = ""
         self.enter(stage)
@@ -168,24 +222,56 @@ class Seed:
             self.blend_steps += 1
             self.slot.alpha = self.schedule.alpha(self.blend_steps)
 
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Give its optimizer the state that was saved of it."""
+        if self.optimizer is not None and state is not None:
+            self.optimizer.load_state_dict(dict(state))
+
+    def learn(self) -> None:
+        """Take a step with the gradients that are there, wherever the weights are by now."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            return
+        _follow_weights(optimizer)
+        before = None if self.moved else [p.detach().clone() for p in self.parameters]
+        optimizer.step()
+        if before is not None:
+            pairs = zip(self.parameters, before, strict=True)
+            self.moved = any(not torch.equal(now, then) for now, then in pairs)
+
     def observe(self, loss: float, gradient_norm: float) -> None:
         """Note a step's loss with the seed in full, and its gradient norm."""
-        self.gradient_norm = gradient_norm
+        self.gradients_finite = math.isfinite(gradient_norm)
+        self.had_gradient |= self.gradients_finite and gradient_norm > 0.0
+        if self.gradients_finite:
+            self.gradient_norm = gradient_norm
         self.loss_fast = _ewma(self.loss_fast, loss, _FAST)
         self.loss_slow = _ewma(self.loss_slow, loss, _SLOW)
+
+
+def _follow_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Move the optimizer's state to where its weights have been moved, and to their format."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.dtype == torch.float16:
+                group["eps"] = _HALF_EPSILON
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if name != "step" and isinstance(value, torch.Tensor):
+                    state[name] = value.to(parameter)
 
 
 def _ewma(mean: float, value: float, weight: float) -> float:
     return value if math.isnan(mean) else mean + weight * (value - mean)
 
 
-def describe_seed(seed: Seed, epoch: int, blueprint_risk: float | None = None) -> leyline.SeedState:
+def describe_seed(seed: Seed, epoch: int, blueprint_risk: float = 0.0) -> leyline.SeedState:
     """What a packet says about a seed; a dormant one has nothing to measure yet.
 
-    Its risk is that of its blueprint plus the harm it did when last measured; without one, 0.
+    Its risk is that of its blueprint plus the harm it did when last measured, at most 1.
     """
     risk = 0.0
-    if blueprint_risk is not None and seed.stage != DORMANT:
+    if seed.stage != DORMANT:
         harm = max(seed.impact, 0.0) if math.isfinite(seed.impact) else 1.0
         risk = min(blueprint_risk + harm, 1.0)
     return leyline.SeedState(

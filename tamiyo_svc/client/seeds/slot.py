@@ -1,115 +1,504 @@
-"""A place for a seed behind any submodule, held by a forward hook and nothing else."""
+"""A place for a seed behind any submodule: a child module of the network that is also its hook."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import json
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tamiyo_svc.client.seeds.blending import CONVEX, Mixing
+from tamiyo_svc.client.seeds.undisturbed import generators, undisturbed_generators
+from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.taxonomy import BlendMode
+
+CHILD: Final = "tamiyo"
+"""Name of a slot among its home's children, and so in the network's state dict."""
+_SEED: Final = "seed."
+_ABOUT: Final = "about"
+_JIT: Final[Any] = torch._C
+_LOG: Final = logging.getLogger("tamiyo.client")
+
+_CONTROL_FLOW: Final = (
+    "torch.utils.checkpoint",
+    "torch._dynamo",
+    "torch._functorch",
+    "torch._higher_order_ops",
+    "torch._subclasses",
+    "torch.export",
+    "torch.fx",
+    "torch.jit",
+    "torch.onnx",
+    "functorch",
+)
+"""Where exceptions are defined by which torch steers recomputation, tracing and compilation."""
 
 
-class Slot:
-    """The place behind `module`, whose output is a tensor or a tuple that begins with one.
+class Bank(Protocol):
+    """Who plants what a state dict holds for a slot."""
+
+    def restore(
+        self, slot: Slot, description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Give the slot this seed, or raise what prevents it."""
+
+
+class Slot(nn.Module):
+    """The place behind `host`, whose output is a tensor or a tuple that begins with one.
 
     With alpha 0, and in an empty slot, the output is left alone: the very same object. The
     channels are dimension 1 of images and volumes, else the last, unless `channel_dim` says so.
-    The module gains no parameter, buffer or submodule, so that its state dict stays what it was.
+
+    A slot is a submodule of the network, so that its seed moves, changes its number format, is
+    copied and is saved with it; but the seed is not among the network's parameters, buffers and
+    modules. Optimizers, data-parallel wrappers and averages, made before or after it grew, see the
+    host they know. The seed has the device, number format and memory format of the parameter
+    `name` of `neighbour`, a module of the network next to the place. `child` is the slot's own name
+    where it is a child.
     """
 
-    def __init__(self, module: nn.Module, channel_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        host: nn.Module,
+        child: str = CHILD,
+        neighbour: tuple[nn.Module, str] | None = None,
+        channel_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.child = child
         self.channels = 0
         self.channel_dim = -1 if channel_dim is None else channel_dim
         self.alpha = 0.0
         self.mixing: Mixing = CONVEX
-        self.seed: nn.Module | None = None
+        self.blueprint_id = ""
+        self.stage: leyline.SeedLifecycleStage = leyline.SEED_STAGE_DORMANT
         self.isolated = False
         """Whether the seed takes full part, cut off from what made its input."""
         self.silent = False
         """Whether the seed is left out, to see what it is worth."""
         self.failure: Exception | None = None
         """What the seed raised in the network's own pass; it is left out from then on."""
+        self.output_kind: type = Tensor
+        """Tensor, or the class of the tuple that holds it."""
+        self.called_with: tuple[int, tuple[str, ...]] = (1, ())
+        """How many arguments the host is called with, and the names of further ones."""
+        self.shape: tuple[int, ...] = ()
+        self.copies_input = False
+        """Whether the seed writes into its input."""
+        self.bank: weakref.ref[Bank] | None = None
         self._channel_dim_given = channel_dim is not None
-        self._features: Tensor | None = None
-        self._shape = torch.Size()
-        self._handle = module.register_forward_hook(self._join)
+        self._draws = False
+        # In a tuple, so that it does not become part of the network through this module.
+        self._planted: tuple[nn.Module, ...] = ()
+        self._neighbour: tuple[weakref.ref[nn.Module], str] | None = None
+        self.settle(neighbour)
+        self._original: weakref.ref[Slot] | None = None
+        self._warns = False
+        self._seen_version = 0
+        self._changes = 0
+        self._copied_changes = 0
+        self._handle = host.register_forward_hook(self, with_kwargs=True)
+
+    @property
+    def seed(self) -> nn.Module | None:
+        """The module planted here."""
+        return self._planted[0] if self._planted else None
+
+    @property
+    def about(self) -> Tensor:
+        """What else than the seed's tensors gives back the network's outputs: JSON in bytes."""
+        mixing = {name: getattr(self.mixing, name) for name in self.mixing.__slots__}
+        description = {
+            "blueprint_id": self.blueprint_id,
+            "stage": int(self.stage),
+            "alpha": self.alpha,
+            "channels": self.channels,
+            "channel_dim": self.channel_dim,
+            "shape": self.shape,
+            "mixing": {**mixing, "mode": str(self.mixing.mode)},
+        }
+        return torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+
+    def __getattr__(self, name: str) -> Any:
+        # What torch.jit asks every hook for; without it no more is said than that it is missing.
+        if name == "__name__":
+            raise AttributeError(
+                "torch.jit takes no network with places for seeds, as they are hooks: "
+                "give it bank.bake(), or use torch.export"
+            )
+        return super().__getattr__(name)
+
+    def settle(self, neighbour: tuple[nn.Module, str] | None) -> None:
+        """Follow this parameter's device and formats, given by its module and name."""
+        self._neighbour = neighbour and (weakref.ref(neighbour[0]), neighbour[1])
+
+    def _followed(self) -> Tensor | None:
+        # By name, since sharding and parametrization replace the parameters of a module.
+        if self._neighbour is None or (module := self._neighbour[0]()) is None:
+            return None
+        tensor = getattr(module, self._neighbour[1], None)
+        return tensor if isinstance(tensor, Tensor) else None
 
     def plant(self, seed: nn.Module) -> None:
-        """Put a seed in, taking no part yet."""
+        """Put a seed in, taking no part yet, in its place's number format and on its device."""
         self.clear()
-        if self._features is not None:
-            seed.to(device=self._features.device, dtype=self._features.dtype)
-        self.seed = seed
+        self._planted = (self.suited(seed),)
+        self._changes += 1
+
+    def suited(self, seed: nn.Module) -> nn.Module:
+        """The same module, with the device, number format and memory format of its place."""
+        followed = self._followed()
+        if followed is not None:
+            seed.to(device=followed.device, dtype=followed.dtype)
+            if _is_channels_last(followed):
+                seed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return seed
 
     def check(self, seed: nn.Module) -> None:
-        """Try a seed on features as they were when first seen here, if they were.
+        """Try a copy of a seed on zeros in the shape of the features seen here.
 
         Raises:
             ValueError: what it returns is not one residual of the same shape.
             Exception: whatever it raises itself.
         """
-        if self._features is None:
-            return
-        features = torch.zeros(self._shape).to(self._features)
-        training = seed.training
-        with torch.no_grad():
-            _residual(seed.to(features).eval(), features)
-        seed.train(training)
+        trial = self.suited(copy.deepcopy(seed))
+        parameter = next(trial.parameters(), None)
+        if parameter is None:
+            features = torch.zeros(self.shape)
+        else:
+            features = torch.zeros(self.shape, device=parameter.device, dtype=parameter.dtype)
+        writes = draws = False
+        with torch.no_grad(), undisturbed_generators([features.device]):
+            for training in (False, True):
+                before, version = generators([features.device]), features._version
+                self._residual(trial.train(training), features)
+                writes |= features._version != version
+                draws |= generators([features.device]) != before
+        self.copies_input, self._draws = writes, draws
 
     def clear(self) -> None:
         """Take the seed out."""
-        self.seed = None
+        self._changes += bool(self._planted)
+        self._planted = ()
         self.failure = None
         self.alpha = 0.0
         self.mixing = CONVEX
 
-    def detach(self) -> None:
-        """Take seed and hook away; the module is as it was before."""
-        self.clear()
+    def unhook(self) -> None:
+        """No longer act behind the host."""
         self._handle.remove()
 
-    def _join(self, module: nn.Module, _: Any, output: Any) -> Any:
-        features = output[0] if isinstance(output, tuple) and output else output
-        if not isinstance(features, Tensor) or features.ndim == 0:
+    def forward(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The host's output with the seed's part in it, None to leave it as it is."""
+        if not self.channels:
+            self._note(output)
+        if self._warns and not torch.compiler.is_compiling():
+            self._warn_of_change()
+        if not self._planted or self.silent or not (self.isolated or self.alpha):
             return None
-        self._note(features)
-        if self.seed is None or self.silent:
+        if self.failure is not None:
             return None
+        features = _features_of(output)
+        if features is None:
+            return None
+        self._note_call(args, kwargs)
+        seed = self._planted[0]
+        if seed.training != host.training:
+            seed.train(host.training)
         if self.isolated:
-            mixed = self._mix(self.seed.train(module.training), features.detach(), 1.0)
-        elif self.alpha == 0.0 or self.failure is not None:
+            features = features.detach()
+        mixed = self._mix(seed, features, 1.0 if self.isolated else self.alpha)
+        return None if mixed is None else put_back(output, mixed)
+
+    def _mix(self, seed: nn.Module, features: Tensor, alpha: float) -> Tensor | None:
+        if is_traced(features):
+            residual = self._traced_residual(seed, features)
+            return self.mixing.mix(features, residual, alpha, rank=len(self.shape))
+        try:
+            with self._own_generators(features), _own_saved_tensors():
+                return self.mixing.mix(features, self._residual(seed, features), alpha)
+        # A seed's error must not end its host's training.
+        except Exception as error:
+            if type(error).__module__.startswith(_CONTROL_FLOW):
+                raise
+            self.failure = error
             return None
+
+    def _residual(self, seed: nn.Module, features: Tensor) -> Tensor:
+        residual = seed(self._input(seed, features))
+        if not isinstance(residual, Tensor) or residual.shape != features.shape:
+            found = tuple(getattr(residual, "shape", ())) or type(residual).__name__
+            raise ValueError(
+                f"the seed returns {found} for features of shape {tuple(features.shape)}"
+            )
+        return residual.to(features.dtype)
+
+    def _traced_residual(self, seed: nn.Module, features: Any) -> Any:
+        source = self._input(seed, features)
+        if _JIT._is_tracing():
+            residual = _untraced_constant(seed)(source)
+        elif _is_exporting():
+            # Constants of what is exported, since they are none of the network's own parameters.
+            named = (*seed.named_parameters(), *seed.named_buffers())
+            constants = {name: tensor.detach() for name, tensor in named}
+            residual = torch.func.functional_call(seed, constants, (source,))
         else:
-            try:
-                mixed = self._mix(self.seed.train(module.training), features, self.alpha)
-            # A seed's error must not end its host's training.
-            except Exception as error:
-                self.failure = error
-                return None
-        if not isinstance(output, tuple):
-            return mixed
-        if hasattr(output, "_replace"):
-            return type(output)(mixed, *output[1:])
-        return (mixed, *output[1:])
+            residual = seed(source)
+        return residual.to(features.dtype)
 
-    def _mix(self, seed: nn.Module, host: Tensor, alpha: float) -> Tensor:
-        return self.mixing.mix(host, _residual(seed, host), alpha)
+    def _input(self, seed: nn.Module, features: Any) -> Any:
+        source = features.clone() if self.copies_input else features
+        parameter = next(seed.parameters(), None)
+        if isinstance(source, fx.Proxy) or parameter is None:
+            return source
+        # A network that casts by itself, as mixed precision of FSDP does, has features in another
+        # format than its weights; autocast sees to that itself.
+        if source.dtype != parameter.dtype and not _is_autocast(source.device.type):
+            source = source.to(parameter.dtype)
+        return source
 
-    def _note(self, features: Tensor) -> None:
-        if self.channels:
+    @contextmanager
+    def _own_generators(self, features: Tensor) -> Iterator[None]:
+        if not self._draws:
+            yield
+            return
+        with undisturbed_generators([features.device]):
+            yield
+
+    def _note(self, output: Any) -> None:
+        features = _features_of(output)
+        if not isinstance(features, Tensor) or _is_symbolic(features):
             return
         if not self._channel_dim_given:
             self.channel_dim = 1 if features.ndim in (4, 5) else -1
-        self.channels = features.shape[self.channel_dim]
-        # Remembered for its device and number format; no memory is kept alive.
-        self._features = features.new_empty(0)
-        self._shape = features.shape
+        self.shape = tuple(features.shape)
+        self.channels = self.shape[self.channel_dim]
+        self.output_kind = type(output) if isinstance(output, tuple) else Tensor
+
+    def _note_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count, names = self.called_with
+        if len(args) > count or not kwargs.keys() <= set(names):
+            self.called_with = (max(count, len(args)), tuple(dict.fromkeys((*names, *kwargs))))
+
+    def _warn_of_change(self) -> None:
+        """Say once that a copy whose weights have changed since keeps its seeds as they were."""
+        original, followed = self.copied_from(), self._followed()
+        if original is None or followed is None:
+            self._warns = False
+            return
+        grown = original._changes != self._copied_changes or original.alpha != self.alpha
+        if grown and followed._version != self._seen_version:
+            self._warns = False
+            _LOG.warning(
+                "a copy of the network has changed weights but its seed %s is as it was when the "
+                "copy was made: after averaging call bank.average(copy, weight)",
+                original.blueprint_id or self.blueprint_id,
+            )
+
+    def copied_from(self) -> Slot | None:
+        """The slot of which this is a copy, if that is still there."""
+        return None if self._original is None else self._original()
+
+    def move_towards(self, slot: Slot, weight: float) -> None:
+        """Take on this share of another slot's seed, or all of it where there is another seed."""
+        self._warns = False
+        if slot._changes != self._copied_changes or not self._planted or not slot._planted:
+            self._planted = copy.deepcopy(slot._planted)
+            self.alpha, weight = slot.alpha, 1.0
+        self.alpha += weight * (slot.alpha - self.alpha)
+        self.mixing, self.blueprint_id, self.stage = slot.mixing, slot.blueprint_id, slot.stage
+        self.copies_input, self._draws = slot.copies_input, slot._draws
+        self._copied_changes = slot._changes
+        with torch.no_grad():
+            for mine, theirs in zip(self._tensors(), slot._tensors(), strict=True):
+                if mine.is_floating_point():
+                    mine.lerp_(theirs.to(mine), weight)
+                else:
+                    mine.copy_(theirs)
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for seed in self._planted for t in (*seed.parameters(), *seed.buffers())]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for seed in self._planted:
+            seed._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not the bank's any more, nor is a failure's traceback part of the network.
+        own = {"bank": None, "_original": None, "_neighbour": None, "failure": None}
+        return {**self.__dict__, **own}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        twin._original, twin._warns = weakref.ref(self), True
+        twin._copied_changes = self._changes
+        neighbour = self._neighbour and memo.get(id(self._neighbour[0]()))
+        if self._neighbour is not None and isinstance(neighbour, nn.Module):
+            twin._neighbour = (weakref.ref(neighbour), self._neighbour[1])
+            # Its parameters are copied before its children, or later without a change.
+            followed = twin._followed()
+            twin._seen_version = 0 if followed is None else followed._version
+        return twin
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for seed in self._planted:
+            seed.state_dict(destination=destination, prefix=prefix + _SEED, keep_vars=keep_vars)
+            destination[prefix + _ABOUT] = self.about
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        about = state_dict.get(prefix + _ABOUT)
+        if about is None:
+            self._leave_out(state_dict, prefix)
+            return
+        tensors = {
+            name.removeprefix(prefix + _SEED): tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(prefix + _SEED)
+        }
+        try:
+            description = json.loads(bytes(about.tolist()))
+            bank = None if self.bank is None else self.bank()
+            if bank is not None:
+                bank.restore(self, description, tensors)
+                return
+            if not self._planted or description["blueprint_id"] != self.blueprint_id:
+                unexpected_keys += [prefix + _SEED + name for name in tensors]
+                return
+            self.take(description, tensors)
+        # Of all that may be wrong with somebody's file nothing is worth more than being told.
+        except Exception as error:
+            error_msgs.append(f"the seed at {prefix.removesuffix('.')} cannot be restored: {error}")
+
+    def take(self, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Give the seed planted here these tensors, and its place what `about` describes.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: something is missing or does not fit.
+        """
+        self._planted[0].load_state_dict(tensors)
+        self.mixing = mixing_from(description["mixing"])
+        self.alpha = float(description["alpha"])
+        self._copied_changes = self._changes
+
+    def _leave_out(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """The state dict has no seed here: if it is one of this network, the seed is no part."""
+        home = prefix.removesuffix(".").rpartition(".")[0]
+        whole = home.rpartition(".")[0]
+        covered = any(name.startswith(whole + "." if whole else "") for name in state_dict)
+        if self._planted and covered:
+            _LOG.warning(
+                "the weights that were loaded have no seed behind %s: seed %s is taken out",
+                home or "the network",
+                self.blueprint_id,
+            )
+            self.clear()
+            self.blueprint_id, self.stage = "", leyline.SEED_STAGE_DORMANT
 
 
-def _residual(seed: nn.Module, host: Tensor) -> Tensor:
-    residual = seed(host)
-    if not isinstance(residual, Tensor) or residual.shape != host.shape:
-        found = tuple(getattr(residual, "shape", ())) or type(residual).__name__
-        raise ValueError(f"the seed returns {found} for features of shape {tuple(host.shape)}")
-    return residual
+def mixing_from(saved: Mapping[str, Any]) -> Mixing:
+    """The way to mix that was saved as plain values."""
+    return Mixing(
+        **{**saved, "mode": BlendMode(saved["mode"]), "alpha_vec": tuple(saved["alpha_vec"])}
+    )
+
+
+def is_traced(features: Any) -> bool:
+    """Whether a tracer or compiler runs the pass, whose exceptions are its own affair."""
+    return (
+        torch.compiler.is_compiling()
+        or _JIT._is_tracing()
+        or isinstance(features, fx.Proxy)
+        or _is_symbolic(features)
+    )
+
+
+def put_back(output: Any, mixed: Any) -> Any:
+    """The host's output with its first tensor replaced."""
+    if not isinstance(output, tuple):
+        return mixed
+    if hasattr(output, "_replace"):
+        return type(output)(mixed, *output[1:])
+    return (mixed, *output[1:])
+
+
+def _features_of(output: Any) -> Any:
+    features = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(features, fx.Proxy):
+        return features
+    return features if isinstance(features, Tensor) and features.ndim else None
+
+
+def _is_symbolic(features: Any) -> bool:
+    return isinstance(features, Tensor) and type(features).__module__.startswith(
+        ("torch._subclasses", "torch._functorch")
+    )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.ndim != 4 or hasattr(tensor, "to_local"):
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type)
+
+
+def _is_exporting() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    if exporting is None or not exporting():
+        return False
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "a network with seeds needs torch.export with strict=False, or bank.bake()"
+        )
+    return True
+
+
+def _untraced_constant(seed: nn.Module) -> nn.Module:
+    """A copy whose tensors a trace takes as constants, made while it does not look on."""
+    tracing = _JIT._get_tracing_state()
+    _JIT._set_tracing_state(None)
+    try:
+        return copy.deepcopy(seed).requires_grad_(requires_grad=False)
+    finally:
+        _JIT._set_tracing_state(tracing)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _own_saved_tensors() -> Any:
+    """Keep what a seed saves for its backward pass out of the hooks that others have set.
+
+    Recomputation counts the tensors saved, which must not depend on whether a seed fails.
+    """
+    ignore_is_tracing = True
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None and top(ignore_is_tracing) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)

@@ -1,0 +1,60 @@
+"""Random numbers, buffers and modes of a network that a pass for Tamiyo's sake leaves alone."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def generators(devices: Iterable[torch.device]) -> tuple[Any, ...]:
+    """The states of all global random generators, comparable with each other."""
+    numpy = sys.modules.get("numpy")
+    drawn = None
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        drawn = (name, keys.tobytes(), *rest)
+    on_devices = tuple(
+        bytes(torch.cuda.get_rng_state(device).tolist())
+        for device in devices
+        if device.type == "cuda"
+    )
+    return random.getstate(), drawn, torch.get_rng_state().numpy().tobytes(), on_devices
+
+
+@contextmanager
+def undisturbed_generators(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Let code draw random numbers and leave Python's, numpy's and torch's generators alone."""
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    state = random.getstate()
+    on_devices = list({device for device in devices if device.type == "cuda"})
+    with torch.random.fork_rng(devices=on_devices):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(drawn)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, other_buffers: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Run passes through a network that leave its buffers, modes and all generators alone."""
+    buffers = [*model.buffers(), *other_buffers]
+    saved = [buffer.clone() for buffer in buffers]
+    modes = [(module, module.training) for module in model.modules()]
+    with undisturbed_generators({parameter.device for parameter in model.parameters()}):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, saved, strict=True):
+                    buffer.copy_(value)
+            for module, training in modes:
+                module.training = training
