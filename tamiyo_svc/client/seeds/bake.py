@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor, fx, nn
 
-from tamiyo_svc.client.seeds.slot import Slot
+from tamiyo_svc.client.seeds.slot import Slot, leave_out_missing
 
 _NOTHING: Final = inspect.Parameter.empty
 _PLAIN: Final = (type(None), bool, int, float, str)
@@ -27,6 +27,9 @@ def bake(model: nn.Module, places: Sequence[tuple[tuple[str, str], Slot]]) -> nn
         Exception: whatever copying the network raises.
     """
     baked = copy.deepcopy(model)
+    hooks = baked._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook.hook is leave_out_missing]:
+        del hooks[key]
     twins = []
     for (name, home), slot in places:
         twin = baked.get_submodule(home)._modules.pop(slot.child)

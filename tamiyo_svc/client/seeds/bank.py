@@ -18,13 +18,17 @@ from tamiyo_svc.client.seeds.gates import Impact
 from tamiyo_svc.client.seeds.lifecycle import CULLED, JOINED, TRAINING, Seed, describe_seed
 from tamiyo_svc.client.seeds.places import find_home, find_neighbour
 from tamiyo_svc.client.seeds.ranks import WORLD
-from tamiyo_svc.client.seeds.slot import CHILD, Slot
+from tamiyo_svc.client.seeds.slot import CHILD, Slot, leave_out_missing
 from tamiyo_svc.client.seeds.snapshot import restore_place, restore_seed, save_seed
 from tamiyo_svc.client.seeds.undisturbed import undisturbed, undisturbed_generators
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 _LOG: Final = logging.getLogger("tamiyo.client")
 _MAX_GRADIENT_NORM: Final = 5.0
+_NO_GRADIENT: Final = (
+    "the isolated pass of seed {} gave no gradient: its loss does not depend on the seed, or the "
+    "seed is in a block that is recomputed with use_reentrant=True, which needs use_reentrant=False"
+)
 _MEASUREMENTS: Final = 4
 """How often a seed's worth is measured where the validation loss is not the same twice."""
 
@@ -64,6 +68,9 @@ class SeedBank:
         self._random_seed = random_seed
         self._evaluate = evaluate
         self._told: set[str] = set()
+        self._loading = model._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            leave_out_missing, with_module=True
+        )
 
     def attach(self, name: str, seed_id: str = "", channel_dim: int | None = None) -> Seed:
         """Open a slot behind the submodule of this dotted name.
@@ -98,6 +105,7 @@ class SeedBank:
             slot.clear()
             slot.unhook()
             del self.model.get_submodule(home)._modules[slot.child]
+        self._loading.remove()
         self._slots.clear()
         self._places.clear()
         self.seeds.clear()
@@ -171,7 +179,10 @@ class SeedBank:
                     reached = _backward(seed, loss, scale)
             # What the network or the caller's function raises ends neither the seed nor training.
             except Exception as error:
-                self._tell(f"the isolated pass of seed {seed.seed_id} gave no gradient", error)
+                self._tell(f"the isolated pass of seed {seed.seed_id} failed", error)
+            else:
+                if slot.failure is None and all(p.grad is None for p in seed.parameters):
+                    self._tell(_NO_GRADIENT.format(seed.seed_id))
             self._step(seed, slot, reached, scale)
 
     def step(self, loss: float, *, scale: float = 1.0) -> None:

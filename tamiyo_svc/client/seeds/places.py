@@ -7,6 +7,8 @@ from typing import Final
 
 from torch import nn
 
+from tamiyo_svc.client.seeds.slot import Slot
+
 _CONTAINERS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that run through their children, and would run through a slot too."""
 
@@ -26,7 +28,7 @@ def find_home(model: nn.Module, name: str) -> str:
         return name
     held = Counter(id(child) for parent in model.modules() for child in parent.children())
     for inner, module in reversed(list(host.named_modules())):
-        if not isinstance(module, _CONTAINERS) and held[id(module)] == 1:
+        if not isinstance(module, (*_CONTAINERS, Slot)) and held[id(module)] == 1:
             return f"{name}.{inner}" if name else inner
     raise ValueError(f"no module in {name or 'the network'} can hold a seed: attach elsewhere")
 

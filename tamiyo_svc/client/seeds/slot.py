@@ -200,6 +200,7 @@ class Slot(nn.Module):
         """The host's output with the seed's part in it, None to leave it as it is."""
         if not self.channels:
             self._note(output)
+            self._note_call(args, kwargs)
         if self._warns and not torch.compiler.is_compiling():
             self._warn_of_change()
         if not self._planted or self.silent or not (self.isolated or self.alpha):
@@ -243,7 +244,7 @@ class Slot(nn.Module):
 
     def _traced_residual(self, seed: nn.Module, features: Any) -> Any:
         source = self._input(seed, features)
-        if _JIT._is_tracing():
+        if _is_tracing():
             residual = _untraced_constant(seed)(source)
         elif _is_exporting():
             # Constants of what is exported, since they are none of the network's own parameters.
@@ -344,12 +345,15 @@ class Slot(nn.Module):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         twin._original, twin._warns = weakref.ref(self), True
         twin._copied_changes = self._changes
-        neighbour = self._neighbour and memo.get(id(self._neighbour[0]()))
-        if self._neighbour is not None and isinstance(neighbour, nn.Module):
-            twin._neighbour = (weakref.ref(neighbour), self._neighbour[1])
-            # Its parameters are copied before its children, or later without a change.
-            followed = twin._followed()
-            twin._seen_version = 0 if followed is None else followed._version
+        original = None if self._neighbour is None else self._neighbour[0]()
+        if self._neighbour is not None and original is not None:
+            # Hooks are copied before children. Only what is small is copied early for that.
+            small = not any(original.children())
+            neighbour = copy.deepcopy(original, memo) if small else memo.get(id(original))
+            if isinstance(neighbour, nn.Module):
+                twin._neighbour = (weakref.ref(neighbour), self._neighbour[1])
+                followed = twin._followed()
+                twin._seen_version = 0 if followed is None else followed._version
         return twin
 
     def _save_to_state_dict(
@@ -371,7 +375,7 @@ class Slot(nn.Module):
     ) -> None:
         about = state_dict.get(prefix + _ABOUT)
         if about is None:
-            self._leave_out(state_dict, prefix)
+            # What of the network's own is there is not shown here; see `leave_out_missing`.
             return
         tensors = {
             name.removeprefix(prefix + _SEED): tensor
@@ -403,19 +407,33 @@ class Slot(nn.Module):
         self.alpha = float(description["alpha"])
         self._copied_changes = self._changes
 
-    def _leave_out(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """The state dict has no seed here: if it is one of this network, the seed is no part."""
-        home = prefix.removesuffix(".").rpartition(".")[0]
-        whole = home.rpartition(".")[0]
-        covered = any(name.startswith(whole + "." if whole else "") for name in state_dict)
-        if self._planted and covered:
+
+def leave_out_missing(
+    network: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Take out the seeds that a state dict of the network does not hold, before it is loaded.
+
+    A state dict that has nothing of the modules around a seed's place says nothing of the seed.
+    """
+    for name, slot in list(network.named_modules()):
+        if not isinstance(slot, Slot) or f"{prefix}{name}.{_ABOUT}" in state_dict:
+            continue
+        around = name.rpartition(".")[0]
+        while around and not _has_state(network.get_submodule(around)):
+            around = around.rpartition(".")[0]
+        beginning = f"{prefix}{around}." if around else prefix
+        if slot.seed is not None and any(key.startswith(beginning) for key in state_dict):
             _LOG.warning(
-                "the weights that were loaded have no seed behind %s: seed %s is taken out",
-                home or "the network",
-                self.blueprint_id,
+                "the weights that were loaded have no seed at %s: seed %s is taken out",
+                name,
+                slot.blueprint_id,
             )
-            self.clear()
-            self.blueprint_id, self.stage = "", leyline.SEED_STAGE_DORMANT
+            slot.clear()
+            slot.blueprint_id, slot.stage = "", leyline.SEED_STAGE_DORMANT
+
+
+def _has_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
 def mixing_from(saved: Mapping[str, Any]) -> Mixing:
@@ -429,7 +447,7 @@ def is_traced(features: Any) -> bool:
     """Whether a tracer or compiler runs the pass, whose exceptions are its own affair."""
     return (
         torch.compiler.is_compiling()
-        or _JIT._is_tracing()
+        or _is_tracing()
         or isinstance(features, fx.Proxy)
         or _is_symbolic(features)
     )
@@ -465,6 +483,10 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 def _is_autocast(device_type: str) -> bool:
     return torch.is_autocast_enabled(device_type)
+
+
+def _is_tracing() -> bool:
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
 def _is_exporting() -> bool:
