@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from tamiyo_svc.decision.record import Decision
 from tamiyo_svc.leyline import leyline_pb2 as leyline
@@ -32,11 +33,11 @@ class ObservedCommand:
     policy_version: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Sums:
+class Sums(NamedTuple):
     """What the steps of a window add up to.
 
-    `losses` and `hooks` count the packets that had a loss delta or a hook latency.
+    `losses` and `hooks` count the packets that had a loss delta or a hook latency. A tuple because
+    each step makes one for every open window.
     """
 
     packets: int = 0
@@ -50,9 +51,7 @@ class Sums:
 
     def observe(self, seen: Observation) -> Sums:
         """With one more step."""
-        losses, total = self.losses, self.loss_delta_total
-        lowest, highest = self.loss_delta_min, self.loss_delta_max
-        hooks, hook_ms = self.hooks, self.hook_latency_total_ms
+        packets, losses, total, lowest, highest, hooks, hook_ms, critical = self
         delta, latency = seen.loss_delta, seen.hook_latency_ms
         if delta is not None:
             lowest = min(lowest, delta) if losses else delta
@@ -60,12 +59,11 @@ class Sums:
             losses, total = losses + 1, total + delta
         if latency is not None:
             hooks, hook_ms = hooks + 1, hook_ms + latency
-        critical = self.critical or seen.critical
-        return Sums(self.packets + 1, losses, total, lowest, highest, hooks, hook_ms, critical)
+        critical = critical or seen.critical
+        return Sums(packets + 1, losses, total, lowest, highest, hooks, hook_ms, critical)
 
 
-@dataclass(frozen=True, slots=True)
-class ObservationWindow:
+class ObservationWindow(NamedTuple):
     """The steps after a command, until `epochs` epochs or `steps` steps are over.
 
     A limit of 0 is none. A closed window says in `observed_epochs` and `observed_steps` how long
@@ -91,13 +89,9 @@ class ObservationWindow:
 
     def observe(self, seen: Observation) -> ObservationWindow:
         """With one more step in it."""
+        command, start_epoch, start_step, epochs, steps, sums, *_ = self
         return ObservationWindow(
-            self.command,
-            self.start_epoch,
-            self.start_step,
-            self.epochs,
-            self.steps,
-            self.sums.observe(seen),
+            command, start_epoch, start_step, epochs, steps, sums.observe(seen)
         )
 
     def has_begun(self, epoch: int, step: int) -> bool:
@@ -112,8 +106,7 @@ class ObservationWindow:
 
     def close(self, epoch: int, step: int, *, early: bool = False) -> ObservationWindow:
         """The window as it ends there."""
-        return replace(
-            self,
+        return self._replace(
             observed_epochs=epoch - self.start_epoch,
             observed_steps=self._steps_until(step),
             closed_early=early,

@@ -59,12 +59,14 @@ def latency_high(kind: str, limit: str) -> Check:
 
 def latency_rise(kind: str, limit: str) -> Check:
     """Fires when a latency has risen, while `latency_high` does not."""
-    high = latency_high(kind, limit)
 
     def check(signals: Signals, thresholds: Thresholds) -> Attributes | None:
         value: float | None = getattr(signals, f"{kind}_latency_ms")
+        highest: float | None = getattr(thresholds, limit)
         rise = _rise(kind, signals, thresholds)
-        if value is None or rise is None or high(signals, thresholds) is not None:
+        if value is None or rise is None or rise.steps >= thresholds.latency_rise_steps:
+            return None
+        if highest is not None and value > _single(highest):
             return None
         return _risen(value, rise)
 

@@ -75,7 +75,10 @@ def add_window(windows: Windows, window: ObservationWindow) -> tuple[Windows, Wi
 
 
 def pack_windows(windows: Windows) -> bytes:
-    """Open windows one after the other; how many there are is not part of it."""
+    """Open windows one after the other; how many there are is not part of it.
+
+    `Sums` lie in them in the order of their fields.
+    """
     return b"".join(part for window in windows for part in _packed(window))
 
 
@@ -114,29 +117,15 @@ def unpack_windows_of_version_1(data: bytes, count: int) -> Windows:
 
 
 def _packed(window: ObservationWindow) -> Iterator[bytes]:
-    command, sums = window.command, window.sums
-    names = [
-        _name(text)
-        for text in (
-            command.reason,
-            command.seed_id,
-            command.blueprint_id,
-            command.policy_version,
-        )
-    ]
+    command = window.command
+    texts = (command.reason, command.seed_id, command.blueprint_id, command.policy_version)
+    names = [_name(text) for text in texts]
     yield _WINDOW.pack(
-        uuid.UUID(command.command_id).bytes,
+        bytes.fromhex(command.command_id.replace("-", "")),
         window.start_epoch,
         window.epochs,
         command.issued_at_ns,
-        sums.packets,
-        sums.losses,
-        sums.loss_delta_total,
-        sums.loss_delta_min,
-        sums.loss_delta_max,
-        sums.hooks,
-        sums.hook_latency_total_ms,
-        sums.critical,
+        *window.sums,
         window.start_step,
         window.steps,
         bytes(map(len, names)),
@@ -155,7 +144,10 @@ def _window(
 
 def _name(text: str) -> bytes:
     """At most `_NAME_BYTES` of UTF-8, without half a character at the end."""
-    return text.encode()[:_NAME_BYTES].decode(errors="ignore").encode()
+    name = text.encode()
+    if len(name) <= _NAME_BYTES:
+        return name
+    return name[:_NAME_BYTES].decode(errors="ignore").encode()
 
 
 def _dropped(window: ObservationWindow, reason: str) -> FiredEvent:

@@ -56,7 +56,12 @@ SUMS = st.builds(
     hook_latency_total_ms=FINITE,
     critical=st.booleans(),
 )
-WINDOWS = st.builds(ObservationWindow, COMMANDS, U32, U64, U32, U32, SUMS)
+OPEN = {
+    "observed_epochs": st.just(0),
+    "observed_steps": st.just(0),
+    "closed_early": st.just(value=False),
+}
+WINDOWS = st.builds(ObservationWindow, COMMANDS, U32, U64, U32, U32, SUMS, **OPEN)
 SERIES = st.lists(
     st.floats(0.0, exclude_min=True, allow_infinity=False, width=32), max_size=KEPT
 ).map(tuple)
