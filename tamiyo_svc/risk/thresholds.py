@@ -21,8 +21,8 @@ class Thresholds:
     optimizer_lr_min: float = 0.0
     hook_budget_ms: float | None = None
     step_latency_high_ms: float | None = None
-    hook_latency_rise_ratio: float = 2.0
-    step_latency_rise_ratio: float = 2.0
+    hook_latency_rise_ratio: float = 2.5
+    step_latency_rise_ratio: float = 2.5
     latency_rise_ms: float = 10.0
     latency_rise_steps: int = 8
     kasmina_apply_slow_ms: float = 30.0

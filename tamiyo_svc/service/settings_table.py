@@ -389,12 +389,12 @@ class SettingsTable(BaseSettings):
     )
     risk_hook_latency_rise_ratio: float = _ratio(
         "TAMIYO_RISK_HOOK_LATENCY_RISE_RATIO",
-        2.0,
+        2.5,
         "`hook_budget` above this many times the run's own median hook latency; 0 turns it off.",
     )
     risk_step_latency_rise_ratio: float = _ratio(
         "TAMIYO_RISK_STEP_LATENCY_RISE_RATIO",
-        2.0,
+        2.5,
         "`step_latency_high` above this many times the run's own median step latency; "
         "0 turns it off.",
     )

@@ -274,10 +274,10 @@ ROWS = (
             hook(60.0, (60.0,) * 32),
             hook(60.0, LEVEL),
             hook(60.0, RISING),
-            hook(40.0, RISEN),
+            hook(50.0, RISEN),
             step(60.0, RISEN),
         ),
-        (hook(60.0, RISEN), hook(40.1, RISEN)),
+        (hook(60.0, RISEN), hook(50.1, RISEN)),
     ),
     Row(
         Event.STEP_LATENCY_HIGH,
@@ -287,10 +287,10 @@ ROWS = (
             signals(step_latency_ms=5000.0),
             step(200.0, (200.0,) * 32),
             step(60.0, LEVEL),
-            step(40.0, RISEN),
+            step(50.0, RISEN),
             hook(60.0, RISEN),
         ),
-        (step(60.0, RISEN), step(40.1, RISEN)),
+        (step(60.0, RISEN), step(50.1, RISEN)),
     ),
     Row(
         Event.ISOLATION_VIOLATIONS,
@@ -392,15 +392,15 @@ ROWS = (
         Event.HOOK_BUDGET,
         Severity.WARNING,
         UNCHANGED,
-        (hook(40.0, LEVEL), hook(60.0, LEVEL[:15]), hook(60.0, RISEN), step(60.0, LEVEL)),
-        (hook(40.1, LEVEL), hook(60.0, LEVEL[:16]), hook(60.0, RISING)),
+        (hook(50.0, LEVEL), hook(60.0, LEVEL[:15]), hook(60.0, RISEN), step(60.0, LEVEL)),
+        (hook(50.1, LEVEL), hook(60.0, LEVEL[:16]), hook(60.0, RISING)),
     ),
     Row(
         Event.STEP_LATENCY_HIGH,
         Severity.WARNING,
         UNCHANGED,
-        (step(40.0, LEVEL), step(60.0, LEVEL[:15]), step(60.0, RISEN), hook(60.0, LEVEL)),
-        (step(40.1, LEVEL), step(60.0, LEVEL[:16]), step(60.0, RISING)),
+        (step(50.0, LEVEL), step(60.0, LEVEL[:15]), step(60.0, RISEN), hook(60.0, LEVEL)),
+        (step(50.1, LEVEL), step(60.0, LEVEL[:16]), step(60.0, RISING)),
     ),
     Row(
         Event.KASMINA_APPLY_SLOW,
@@ -732,7 +732,7 @@ def test_a_rise_carries_the_median_and_how_long_it_has_lasted() -> None:
     (event,) = assess(hook(60.0, RISEN), THRESHOLDS, SEED).events
     assert event.attributes == {
         "value": "60.0",
-        "threshold": "40.0",
+        "threshold": "50.0",
         "median": "20.0",
         "steps": "8",
     }
