@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from support.bus import state_packet
+import pytest
+from support.bus import Bus, state_packet
 from support.replay import OPTIONS, START_NS, Replayed, replay
+from support.running import StartService
 
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.runs.windows import MAX_WINDOWS
@@ -78,3 +80,25 @@ async def test_every_command_that_changes_something_is_reported_on_after_its_ste
         assert report.issued_at == command.issued_at
         assert report.metrics["observed_steps"] == MAX_WINDOWS
         assert report.metrics["observed_epochs"] in (0.0, 1.0)
+
+
+@pytest.mark.redis
+async def test_replicas_share_what_is_usual_in_a_run(bus: Bus, start_service: StartService) -> None:
+    for name in ("a", "b"):
+        await start_service(consumer_name=name, fr_obs_window_steps=5)
+    reasons, deciders = [], set()
+    for step in range(1, 41):
+        packet = state_packet("run-1", step)
+        packet.training_metrics["step_latency_ms"] = 200.0 if step <= 30 else 600.0
+        await bus.publish(packet, blueprint_id="demo-safe")
+        command = await bus.command_for(packet)
+        reasons.append(command.annotations["risk_reason"])
+    for telemetry in await bus.telemetry() + await bus.telemetry("oona.emergency"):
+        deciders.add(telemetry.system_health.indicators["replica"])
+    assert reasons == ["policy"] * 30 + ["step_latency_high"] * 10
+    assert command.command_type == leyline.COMMAND_PAUSE
+    reports = await bus.messages("oona.normal", leyline.FieldReport)
+    observed = [r for r in reports if r.report_id.startswith("fr-synth-")]
+    assert len(observed) == 35
+    assert {report.metrics["observed_steps"] for report in observed} == {5.0}
+    assert deciders == {"a", "b"}

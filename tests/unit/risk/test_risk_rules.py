@@ -709,7 +709,8 @@ def test_the_conservative_reason_is_that_of_the_rule_that_asks_for_it() -> None:
 )
 def test_a_raised_threshold_silences_its_event(field: str, value: float, quieted: Signals) -> None:
     before = assess(quieted, THRESHOLDS, SEED).events
-    after = assess(quieted, replace(THRESHOLDS, **{field: value}), SEED).events
+    raised = replace(THRESHOLDS, **{field: value})  # type: ignore[arg-type]
+    after = assess(quieted, raised, SEED).events
     assert len(after) < len(before) or after[0].severity < before[0].severity
 
 
