@@ -406,8 +406,7 @@ class SettingsTable(BaseSettings):
     risk_latency_rise_steps: int = _risk(
         "TAMIYO_RISK_LATENCY_RISE_STEPS",
         8,
-        "`hook_budget` and `step_latency_high` are HIGH and pause from so many slow steps in a "
-        "row on (HIGH).",
+        "`hook_budget` and `step_latency_high` pause (HIGH) from so many slow steps in a row on.",
         unit="steps",
         ge=1,
         le=MAX_STEPS,
