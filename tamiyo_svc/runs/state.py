@@ -176,8 +176,9 @@ def advance(
     runs, where there is one.
     """
     observed = _observed(state, packet, critical=severity is Severity.CRITICAL)
-    epoch, step = packet.current_epoch, packet.global_step
-    settled = settle(observed.windows, epoch, step, now_ns, window_max_age_s)
+    # A packet that names no step is no step back.
+    place = packet.current_epoch, observed.newest_step
+    settled = settle(observed.windows, *place, now_ns, window_max_age_s)
     windows, closed = settled.open, settled.closed
     if opened is not None:
         windows, early = add_window(windows, opened)

@@ -544,6 +544,7 @@ class SettingsTable(BaseSettings):
         "Above 1, each command that changes something is reported on again after this long.",
         unit="epochs",
         ge=1,
+        le=2**31 - 1,
     )
     fr_obs_window_steps: int = _report(
         "TAMIYO_FR_OBS_WINDOW_STEPS",

@@ -314,6 +314,14 @@ def test_a_trainer_that_does_not_number_its_steps_is_counted_by_its_packets() ->
         assert [window.observed_steps for window in advanced.closed] == [4] * n
 
 
+def test_a_packet_without_a_step_number_is_not_a_step_back() -> None:
+    state = decided(EMPTY, packet(step=100, step_latency_ms=20.0), steps=10).state
+    advanced = decided(state, packet(step_latency_ms=20.0), b"digest-2")
+    assert (advanced.closed, advanced.events) == ((), ())
+    assert advanced.state.newest_step == 100
+    assert advanced.state.latencies.step == (20.0, 20.0)
+
+
 def test_a_window_of_epochs_alone_does_not_close_by_steps() -> None:
     state = decided(EMPTY, packet(epoch=3, step=1), epochs=2).state
     assert decided(state, packet(epoch=4, step=10_000), b"digest-2").closed == ()
