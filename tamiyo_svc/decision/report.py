@@ -1,10 +1,10 @@
-"""Field reports: one per decision, and one for what was observed over several epochs."""
+"""Field reports: one per decision, and one for what was observed after a command."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from tamiyo_svc.decision.observation import ObservationWindow
+from tamiyo_svc.decision.observation import ObservationWindow, Sums
 from tamiyo_svc.decision.record import Decision, timestamp
 from tamiyo_svc.decision.telemetry import Timings
 from tamiyo_svc.leyline import leyline_pb2 as leyline
@@ -29,7 +29,7 @@ _REGRESSIONS: Final = frozenset(
         Event.HOOK_BUDGET,
     }
 )
-"""Events that make a decision's report a regression."""
+"""Events that, from HIGH on, make a decision's report a regression."""
 
 
 def build_report(
@@ -57,37 +57,50 @@ def build_report(
     return report
 
 
-def build_synthesised_report(
-    window: ObservationWindow, run_id: str, policy_version: str, now_ns: int
-) -> leyline.FieldReport:
-    """What was observed after one command, from a window that closed."""
+def build_synthesised_report(window: ObservationWindow, run_id: str) -> leyline.FieldReport:
+    """What was observed after one command, from a window that closed.
+
+    Seed, blueprint, policy and time of issue are the command's. `notes` says how the window ended
+    and, after a colon, the command's reason.
+    """
+    command, sums = window.command, window.sums
+    ended = "closed_early" if window.closed_early else Event.FIELD_REPORT_SYNTHESISED.value
     report = leyline.FieldReport(
         version=1,
-        report_id=f"fr-synth-{window.command_id}-{window.start_epoch}+{window.epochs}",
-        command_id=window.command_id,
+        report_id=f"fr-synth-{command.command_id}-{window.label}",
+        command_id=command.command_id,
         training_run_id=run_id,
-        outcome=_observed_outcome(window),
-        observation_window_epochs=window.epochs,
-        issued_at=timestamp(now_ns),
-        tamiyo_policy_version=policy_version,
-        notes="closed_early" if window.closed_early else Event.FIELD_REPORT_SYNTHESISED.value,
+        seed_id=command.seed_id,
+        blueprint_id=command.blueprint_id,
+        outcome=_observed_outcome(sums),
+        observation_window_epochs=window.observed_epochs,
+        issued_at=timestamp(command.issued_at_ns),
+        tamiyo_policy_version=command.policy_version,
+        notes=f"{ended}:{command.reason}" if command.reason else ended,
     )
-    report.metrics["loss_delta_total"] = window.loss_delta_total
-    if window.losses:
-        report.metrics["loss_delta_min"] = window.loss_delta_min
-        report.metrics["loss_delta_max"] = window.loss_delta_max
-    if window.hooks:
-        report.metrics["avg_hook_latency_ms"] = window.hook_latency_total_ms / window.hooks
+    report.metrics["observed_epochs"] = window.observed_epochs
+    report.metrics["observed_steps"] = window.observed_steps
+    report.metrics["loss_delta_total"] = sums.loss_delta_total
+    if sums.losses:
+        report.metrics["loss_delta_min"] = sums.loss_delta_min
+        report.metrics["loss_delta_max"] = sums.loss_delta_max
+    if sums.hooks:
+        report.metrics["avg_hook_latency_ms"] = sums.hook_latency_total_ms / sums.hooks
     return report
 
 
 def synthesised_event(window: ObservationWindow) -> FiredEvent:
     """The event that goes with a synthesised report."""
+    command = window.command
     attributes = {
-        "command_id": window.command_id,
+        "command_id": command.command_id,
+        "seed_id": command.seed_id,
+        "blueprint_id": command.blueprint_id,
+        "reason": command.reason,
         "start_epoch": str(window.start_epoch),
-        "epochs": str(window.epochs),
-        "steps": str(window.steps),
+        "start_step": str(window.start_step),
+        "epochs": str(window.observed_epochs),
+        "steps": str(window.observed_steps),
         "closed_early": str(int(window.closed_early)),
     }
     return FiredEvent(Event.FIELD_REPORT_SYNTHESISED, Severity.INFO, attributes)
@@ -95,12 +108,12 @@ def synthesised_event(window: ObservationWindow) -> FiredEvent:
 
 def _outcome(decision: Decision) -> leyline.FieldReportOutcome:
     verdict = decision.verdict
-    fired = {event.event for event in verdict.events}
-    if Event.COMMAND_FAILED in fired:
+    severe = {event.event for event in verdict.events if event.severity >= Severity.HIGH}
+    if Event.COMMAND_FAILED in severe:
         return leyline.FIELD_REPORT_OUTCOME_ABORTED
     if decision.signals.inference.status in _SAFE_COMMANDS:
         return leyline.FIELD_REPORT_OUTCOME_NEUTRAL
-    if fired & _REGRESSIONS:
+    if severe & _REGRESSIONS:
         return leyline.FIELD_REPORT_OUTCOME_REGRESSION
     if verdict.action is CommandAction.PAUSE and (
         decision.conservative
@@ -111,10 +124,10 @@ def _outcome(decision: Decision) -> leyline.FieldReportOutcome:
     return leyline.FIELD_REPORT_OUTCOME_SUCCESS
 
 
-def _observed_outcome(window: ObservationWindow) -> leyline.FieldReportOutcome:
-    if window.critical or window.loss_delta_total > 0.0:
+def _observed_outcome(sums: Sums) -> leyline.FieldReportOutcome:
+    if sums.critical or sums.loss_delta_total > 0.0:
         return leyline.FIELD_REPORT_OUTCOME_REGRESSION
-    if window.loss_delta_total < 0.0:
+    if sums.loss_delta_total < 0.0:
         return leyline.FIELD_REPORT_OUTCOME_SUCCESS
     return leyline.FIELD_REPORT_OUTCOME_NEUTRAL
 

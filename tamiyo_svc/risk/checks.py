@@ -7,6 +7,7 @@ from ctypes import c_float
 
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.risk.events import number
+from tamiyo_svc.risk.latency import Rise, find_rise
 from tamiyo_svc.risk.safety_sheet import HANDLING_CLASSES, HAZARD_BANDS, PROVENANCES, UNKNOWN
 from tamiyo_svc.risk.signals import ROLLBACK_DEADLINE, Signals
 from tamiyo_svc.risk.thresholds import Thresholds
@@ -38,6 +39,55 @@ def at_least(signal: str, threshold: str) -> Check:
         return _compared(value, limit) if value is not None and value >= limit else None
 
     return check
+
+
+def latency_high(kind: str, limit: str) -> Check:
+    """Fires when a latency has risen and stays so, or lies above a limit that was set for it."""
+
+    def check(signals: Signals, thresholds: Thresholds) -> Attributes | None:
+        value: float | None = getattr(signals, f"{kind}_latency_ms")
+        highest: float | None = getattr(thresholds, limit)
+        if value is not None and highest is not None and value > _single(highest):
+            return _compared(value, _single(highest))
+        rise = _rise(kind, signals, thresholds)
+        if value is None or rise is None or rise.steps < thresholds.latency_rise_steps:
+            return None
+        return _risen(value, rise)
+
+    return check
+
+
+def latency_rise(kind: str, limit: str) -> Check:
+    """Fires when a latency has risen, while `latency_high` does not."""
+
+    def check(signals: Signals, thresholds: Thresholds) -> Attributes | None:
+        value: float | None = getattr(signals, f"{kind}_latency_ms")
+        highest: float | None = getattr(thresholds, limit)
+        rise = _rise(kind, signals, thresholds)
+        if value is None or rise is None or rise.steps >= thresholds.latency_rise_steps:
+            return None
+        if highest is not None and value > _single(highest):
+            return None
+        return _risen(value, rise)
+
+    return check
+
+
+def _rise(kind: str, signals: Signals, thresholds: Thresholds) -> Rise | None:
+    """How far the step's latency of that kind lies above the run's own level."""
+    value: float | None = getattr(signals, f"{kind}_latency_ms")
+    ratio: float = getattr(thresholds, f"{kind}_latency_rise_ratio")
+    if value is None or ratio <= 0.0:
+        return None
+    return find_rise(getattr(signals.latencies, kind), value, ratio, thresholds.latency_rise_ms)
+
+
+def _risen(value: float, rise: Rise) -> dict[str, str]:
+    return {
+        **_compared(value, rise.limit_ms),
+        "median": number(rise.median_ms),
+        "steps": str(rise.steps),
+    }
 
 
 def _single(limit: float) -> float:

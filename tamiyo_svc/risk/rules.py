@@ -98,8 +98,8 @@ RULES: Final[tuple[Rule, ...]] = (
         checks.above("loss_delta", "max_loss_spike"),
         conservative=True,
     ),
-    _high(Event.HOOK_BUDGET, checks.above("hook_latency_ms", "hook_budget_ms")),
-    _high(Event.STEP_LATENCY_HIGH, checks.above("step_latency_ms", "step_latency_high_ms")),
+    _high(Event.HOOK_BUDGET, checks.latency_high("hook", "hook_budget_ms")),
+    _high(Event.STEP_LATENCY_HIGH, checks.latency_high("step", "step_latency_high_ms")),
     Rule(
         Event.ISOLATION_VIOLATIONS,
         Severity.HIGH,
@@ -122,6 +122,11 @@ RULES: Final[tuple[Rule, ...]] = (
     _warning(Event.LOSS_VOLATILITY_HIGH, checks.above("loss_volatility", "loss_volatility")),
     _warning(Event.GRAD_VARIANCE_HIGH, checks.above("grad_var", "grad_variance")),
     _warning(Event.GRAD_CONFLICT_HIGH, checks.above("grad_conflict_rate", "grad_conflict")),
+    # A slow step or two say nothing about a seed: they are told and change nothing.
+    _warning(Event.HOOK_BUDGET, checks.latency_rise("hook", "hook_budget_ms"), Effect.NONE),
+    _warning(
+        Event.STEP_LATENCY_HIGH, checks.latency_rise("step", "step_latency_high_ms"), Effect.NONE
+    ),
     _warning(Event.KASMINA_APPLY_SLOW, checks.above("apply_ms", "kasmina_apply_slow_ms")),
     _warning(Event.KASMINA_FINALIZE_SLOW, checks.above("finalize_ms", "kasmina_finalize_slow_ms")),
     _warning(Event.OPTIMIZER_HINT, checks.check_optimizer_hint),

@@ -9,6 +9,7 @@ from typing import Final
 
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.risk.latency import NO_LATENCIES, Latencies
 from tamiyo_svc.taxonomy import NEXT_SEED_OPERATIONS, InferenceStatus
 
 LOSS_METRICS: Final = ("loss", "validation_loss", "training_loss")
@@ -56,7 +57,10 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """The numbers and flags of one step; None is absent, every number is finite."""
+    """The numbers and flags of one step; None is absent, every number is finite.
+
+    `latencies` are those of the run's steps before this one.
+    """
 
     inference: Inference = Inference()
     metadata: Metadata = Metadata()
@@ -74,6 +78,7 @@ class Signals:
     optimizer_lr: float | None = None
     hook_latency_ms: float | None = None
     step_latency_ms: float | None = None
+    latencies: Latencies = NO_LATENCIES
     apply_ms: float | None = None
     finalize_ms: float | None = None
     isolation_violations: float | None = None
@@ -102,14 +107,16 @@ def read_signals(
     *,
     inference: Inference,
     metadata: Metadata,
+    latencies: Latencies = NO_LATENCIES,
     blueprint: Blueprint | None = None,
     emergencies: Iterable[leyline.EmergencySignal] = (),
     conservative_reason: str | None = None,
 ) -> Signals:
     """Collect the signals of one step.
 
-    `blueprint` is the selected one; `conservative_reason` is why the run or the service is in
-    conservative mode, None when neither is. Values that are not finite are named and absent.
+    `latencies` are those before this step, `blueprint` is the selected one; `conservative_reason`
+    is why the run or the service is in conservative mode, None when neither is. Values that are
+    not finite are named and absent.
     """
     metrics = packet.training_metrics
     nonfinite_losses = _nonfinite_losses(packet)
@@ -128,6 +135,7 @@ def read_signals(
         optimizer_lr=_metric(metrics, "optimizer_lr"),
         hook_latency_ms=hook_latency_ms(packet),
         step_latency_ms=_metric(metrics, "step_latency_ms"),
+        latencies=latencies,
         apply_ms=_metric(metrics, "kasmina.apply_ms"),
         finalize_ms=_metric(metrics, "kasmina.finalize_ms"),
         isolation_violations=_metric(metrics, "kasmina.isolation.violations"),

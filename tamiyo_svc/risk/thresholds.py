@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Thresholds:
     """Where the rules fire; each field is the setting `TAMIYO_RISK_<FIELD>`.
 
-    Losses in the run's own unit, scores, rates and coverage in [0, 1], the rest as named.
+    Losses in the run's own unit, scores, rates and coverage in [0, 1], the rest as named. A limit
+    that is None is off; a ratio of 0 turns the comparison with the run's own median off.
     """
 
     max_loss_spike: float = 0.15
@@ -18,8 +19,12 @@ class Thresholds:
     grad_variance: float = 1.0
     grad_conflict: float = 0.5
     optimizer_lr_min: float = 0.0
-    hook_budget_ms: float = 50.0
-    step_latency_high_ms: float = 120.0
+    hook_budget_ms: float | None = None
+    step_latency_high_ms: float | None = None
+    hook_latency_rise_ratio: float = 2.5
+    step_latency_rise_ratio: float = 2.5
+    latency_rise_ms: float = 10.0
+    latency_rise_steps: int = 8
     kasmina_apply_slow_ms: float = 30.0
     kasmina_finalize_slow_ms: float = 30.0
     isolation_violations: float = 0.0

@@ -6,27 +6,27 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from math import isfinite
+from math import inf, isfinite
 from typing import Final
 
 from tamiyo_svc.decision.observation import Observation, ObservationWindow
-from tamiyo_svc.decision.record import command_id_for
 from tamiyo_svc.errors import StoredStateError
 from tamiyo_svc.graph import normalizer
 from tamiyo_svc.graph.normalizer import METRICS, Statistics
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.risk.events import FiredEvent
+from tamiyo_svc.risk.latency import KEPT, NO_LATENCIES, Latencies, Series
 from tamiyo_svc.risk.mode import INACTIVE, ConservativeMode
 from tamiyo_svc.risk.signals import hook_latency_ms, loss_delta, validation_loss
 from tamiyo_svc.runs.windows import (
     MAX_WINDOWS,
-    WINDOW_FORMAT,
     Windows,
     add_window,
     observe,
     pack_windows,
     settle,
     unpack_windows,
+    unpack_windows_of_version_1,
 )
 from tamiyo_svc.taxonomy import Severity
 
@@ -34,11 +34,14 @@ DIGEST_BYTES: Final = 8
 MAX_DECIDED: Final = 64
 """How many decisions are remembered."""
 
-_VERSION: Final = 1
+_VERSION: Final = 2
+_READABLE: Final = (1, _VERSION)
 _NANOS: Final = 1_000_000_000
 _NOTHING_HEARD: Final = bytes(DIGEST_BYTES)
 _HEADER: Final = struct.Struct(f"<B?dQ{DIGEST_BYTES}sBIBB")
+_SINCE_VERSION_2: Final = struct.Struct("<QBB")
 _PAIR: Final = struct.Struct("<dd")
+_LATENCY_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,8 @@ class RunState:
     """One run's memory, immutable.
 
     `statistics` are those of `graph.normalizer`, `decided` the digests of the last decisions
-    with the newest last, `newest_timestamp_ns` the newest packet's, on the trainer's clock.
+    with the newest last, `newest_timestamp_ns` the newest packet's, on the trainer's clock,
+    `newest_step` the step of the last packet that named one.
     `heard` is the mark of the emergency for all runs that this one was last told of.
     """
 
@@ -55,11 +59,26 @@ class RunState:
     mode: ConservativeMode = INACTIVE
     decided: tuple[bytes, ...] = ()
     newest_timestamp_ns: int = 0
+    newest_step: int = 0
     heard: bytes = _NOTHING_HEARD
+    latencies: Latencies = NO_LATENCIES
     windows: Windows = ()
 
+    def latencies_before(self, packet: leyline.SystemStatePacket) -> Latencies:
+        """The latencies that a packet's are compared with.
+
+        A run that went back to an earlier step was started again, perhaps on another machine or
+        with another model: what was usual before is not asked of it.
+        """
+        if 0 < packet.global_step < self.newest_step:
+            return NO_LATENCIES
+        return self.latencies
+
     def to_bytes(self) -> bytes:
-        """The state in at most some 1.5 KB; the first byte is the version of the format."""
+        """The state; the first byte is the version of the format.
+
+        At most 1.3 KB and some 0.15 KB for each open window, of which there are none by default.
+        """
         mode = self.mode.to_bytes()
         kept = [metric in self.statistics for metric in METRICS]
         header = _HEADER.pack(
@@ -73,12 +92,16 @@ class RunState:
             len(self.decided),
             len(self.windows),
         )
+        step, hook = self.latencies.step, self.latencies.hook
+        since_2 = _SINCE_VERSION_2.pack(self.newest_step, len(step), len(hook))
         pairs = (
             _PAIR.pack(*self.statistics[metric])
             for metric, there in zip(METRICS, kept, strict=True)
             if there
         )
-        return b"".join((header, mode, *pairs, *self.decided, pack_windows(self.windows)))
+        latencies = struct.pack(f"<{len(step) + len(hook)}f", *step, *hook)
+        windows = pack_windows(self.windows)
+        return b"".join((header, since_2, mode, *pairs, *self.decided, latencies, windows))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RunState:
@@ -87,12 +110,14 @@ class RunState:
         Raises:
             StoredStateError: another version wrote it, or it is damaged.
         """
-        if data[:1] != bytes([_VERSION]):
+        if not data or data[0] not in _READABLE:
             found = data[0] if data else "none"
-            raise StoredStateError(f"run state of version {found}, this release reads {_VERSION}")
+            raise StoredStateError(
+                f"run state of version {found}, this release reads up to {_VERSION}"
+            )
         try:
             return _parse(data)
-        except struct.error as error:
+        except (struct.error, UnicodeDecodeError) as error:
             raise StoredStateError(f"run state: {error}") from None
 
 
@@ -140,23 +165,23 @@ def advance(
     mode: ConservativeMode,
     severity: Severity,
     now_ns: int,
-    window_epochs: int,
     window_max_age_s: float,
+    opened: ObservationWindow | None = None,
     heard: bytes | None = None,
 ) -> Advanced:
     """The state after a decision.
 
     `mode` and `severity` are what the step made of conservative mode and its worst event,
-    `heard` the mark of the emergency for all runs, if there is one.
-    With `window_epochs` above 1 the command opens an observation window.
+    `opened` the observation window of its command and `heard` the mark of the emergency for all
+    runs, where there is one.
     """
     observed = _observed(state, packet, critical=severity is Severity.CRITICAL)
-    settled = settle(observed.windows, packet.current_epoch, now_ns, window_max_age_s)
+    # A packet that names no step is no step back.
+    place = packet.current_epoch, observed.newest_step
+    settled = settle(observed.windows, *place, now_ns, window_max_age_s)
     windows, closed = settled.open, settled.closed
-    if window_epochs > 1:
-        command_id = command_id_for(packet.training_run_id, digest)
-        window = ObservationWindow(command_id, packet.current_epoch, window_epochs, now_ns)
-        windows, early = add_window(windows, window)
+    if opened is not None:
+        windows, early = add_window(windows, opened)
         closed = (*closed, *early)
     # A trainer's clock that once ran ahead must not turn all its later packets into replays.
     timestamp_ns = min(packet.timestamp_ns, now_ns)
@@ -176,7 +201,6 @@ def _observed(state: RunState, packet: leyline.SystemStatePacket, *, critical: b
     windows = state.windows
     if windows:
         seen = Observation(
-            epoch=packet.current_epoch,
             loss_delta=loss_delta(packet, state.last_validation_loss),
             hook_latency_ms=hook_latency_ms(packet),
             critical=critical,
@@ -186,37 +210,60 @@ def _observed(state: RunState, packet: leyline.SystemStatePacket, *, critical: b
         state,
         last_validation_loss=state.last_validation_loss if loss is None else loss,
         statistics=normalizer.observe(packet, state.statistics),
+        newest_step=packet.global_step or state.newest_step,
+        latencies=state.latencies_before(packet).observe(packet),
         windows=windows,
     )
 
 
 def _parse(data: bytes) -> RunState:
     header = _HEADER.unpack_from(data)
-    _, has_loss, loss, newest_ns, heard, mode_bytes, present, decided, windows = header
-    if present >> len(METRICS) or decided > MAX_DECIDED or windows > MAX_WINDOWS:
+    version, has_loss, loss, newest_ns, heard, mode_bytes, present, decided, windows = header
+    newest_step, steps, hooks = 0, 0, 0
+    mode_start = _HEADER.size
+    if version > 1:
+        newest_step, steps, hooks = _SINCE_VERSION_2.unpack_from(data, mode_start)
+        mode_start += _SINCE_VERSION_2.size
+    if (
+        present >> len(METRICS)
+        or decided > MAX_DECIDED
+        or windows > MAX_WINDOWS
+        or max(steps, hooks) > KEPT
+    ):
         raise StoredStateError("run state: a count is out of range")
     metrics = [metric for index, metric in enumerate(METRICS) if present >> index & 1]
-    mode_end = _HEADER.size + mode_bytes
+    mode_end = mode_start + mode_bytes
     pairs_end = mode_end + _PAIR.size * len(metrics)
     decided_end = pairs_end + DIGEST_BYTES * decided
-    if len(data) != decided_end + WINDOW_FORMAT.size * windows:
+    windows_start = decided_end + _LATENCY_BYTES * (steps + hooks)
+    if len(data) < windows_start:
         raise StoredStateError("run state: wrong length")
     pairs = _PAIR.iter_unpack(data[mode_end:pairs_end])
+    latencies = struct.unpack_from(f"<{steps + hooks}f", data, decided_end)
+    unpack = unpack_windows if version > 1 else unpack_windows_of_version_1
     state = RunState(
         last_validation_loss=loss if has_loss else None,
         statistics=dict(zip(metrics, pairs, strict=True)),
-        mode=ConservativeMode.from_bytes(data[_HEADER.size : mode_end]),
+        mode=ConservativeMode.from_bytes(data[mode_start:mode_end]),
         decided=tuple(
             data[start : start + DIGEST_BYTES]
             for start in range(pairs_end, decided_end, DIGEST_BYTES)
         ),
         newest_timestamp_ns=newest_ns,
+        newest_step=newest_step,
         heard=heard,
-        windows=unpack_windows(data[decided_end:]),
+        latencies=Latencies(latencies[:steps], latencies[steps:]),
+        windows=unpack(data[windows_start:], windows),
     )
     if not _is_finite(state.statistics, loss, state.windows):
         raise StoredStateError("run state: a number is not finite")
+    if not (_are_lengths(state.latencies.step) and _are_lengths(state.latencies.hook)):
+        raise StoredStateError("run state: a latency is no length of time")
     return state
+
+
+def _are_lengths(series: Series) -> bool:
+    return all(0.0 < latency < inf for latency in series)
 
 
 def _is_finite(
@@ -229,8 +276,8 @@ def _is_finite(
             for mean, variance in statistics.values()
         )
         and all(
-            isfinite(window.loss_delta_total + window.loss_delta_min + window.loss_delta_max)
-            and isfinite(window.hook_latency_total_ms)
-            for window in windows
+            isfinite(sums.loss_delta_total + sums.loss_delta_min + sums.loss_delta_max)
+            and isfinite(sums.hook_latency_total_ms)
+            for sums in (window.sums for window in windows)
         )
     )

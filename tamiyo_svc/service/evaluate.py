@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from tamiyo_svc.adapters.blueprint_fetch import BlueprintFetches
@@ -22,6 +23,7 @@ from tamiyo_svc.adapters.oona.run_store import RunStore
 from tamiyo_svc.adapters.urza import UrzaCatalog
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.decision.command import build_command
+from tamiyo_svc.decision.observation import open_window
 from tamiyo_svc.decision.record import PROPOSED_ACTIONS, Decision, abort
 from tamiyo_svc.decision.report import build_report, build_synthesised_report, synthesised_event
 from tamiyo_svc.decision.telemetry import Timings, build_telemetry
@@ -199,6 +201,7 @@ class PacketPath:
                 timed_out=self._fetches.is_overdue(received.run_id),
                 budget_ms=options.metadata_timeout_ms,
             ),
+            latencies=state.latencies_before(packet),
             blueprint=proposal.blueprint if proposal is not None else None,
             emergencies=self._replica.emergencies_for(state.heard),
             conservative_reason=(state.mode.reason if state.mode.active else None)
@@ -217,6 +220,18 @@ class PacketPath:
         transitions = self._replica.take_unreported()
         emergency = self._replica.emergency
         now_ns = self._wall_clock_ns()
+        decision, command = self._command(
+            Decision(
+                packet=packet,
+                packet_digest=received.digest,
+                signals=signals,
+                verdict=verdict,
+                proposal=proposal,
+                runtime=self._replica.snapshot(),
+                now_ns=now_ns,
+                other_events=(*((mode_event,) if mode_event is not None else ()), *transitions),
+            )
+        )
         advanced = advance(
             state,
             packet,
@@ -224,33 +239,24 @@ class PacketPath:
             mode=mode,
             severity=verdict.severity,
             now_ns=now_ns,
-            window_epochs=options.observation_window_epochs,
             window_max_age_s=options.window_max_age_s,
+            opened=open_window(
+                decision,
+                command,
+                options.observation_window_epochs,
+                options.observation_window_steps,
+            ),
             heard=emergency.mark if emergency is not None else None,
         )
-        decision = Decision(
-            packet=packet,
-            packet_digest=received.digest,
-            signals=signals,
-            verdict=verdict,
-            proposal=proposal,
-            runtime=self._replica.snapshot(),
-            now_ns=now_ns,
-            other_events=(
-                *((mode_event,) if mode_event is not None else ()),
-                *transitions,
-                *advanced.events,
-                *(synthesised_event(window) for window in advanced.closed),
-            ),
-        )
-        decision, command = self._command(decision)
+        told = (*advanced.events, *(synthesised_event(window) for window in advanced.closed))
+        if told:
+            decision = replace(decision, other_events=(*decision.other_events, *told))
         ready = self._clock()
         timings = Timings(
             step_ms=(ready - received.read_at) * 1e3,
             inference_ms=(risk_started - infer_started) * 1e3,
         )
         spans = self._spans(decision, received.read_at, infer_started, risk_started, ready)
-        version = decision.runtime.policy.version
         return Answer(
             decision=decision,
             command=command,
@@ -259,10 +265,7 @@ class PacketPath:
             ),
             reports=(
                 build_report(decision, command, timings, options.observation_window_epochs),
-                *(
-                    build_synthesised_report(window, received.run_id, version, now_ns)
-                    for window in advanced.closed
-                ),
+                *(build_synthesised_report(window, received.run_id) for window in advanced.closed),
             ),
             state=advanced.state,
             timings=timings,

@@ -87,6 +87,7 @@ def path_options(settings: Settings) -> PathOptions:
         replay_window_s=settings.replay_window_s,
         conservative_cooldown_steps=settings.conservative_cooldown_steps,
         observation_window_epochs=settings.fr_obs_window_epochs,
+        observation_window_steps=settings.fr_obs_window_steps,
         window_max_age_s=settings.field_report_retention_hours * 3600,
         blueprint_candidates=settings.blueprint_candidates,
         run_ttl_s=settings.run_ttl_s,

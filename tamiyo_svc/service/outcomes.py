@@ -116,6 +116,7 @@ class PathOptions:
     replay_window_s: float = 60.0
     conservative_cooldown_steps: int = 20
     observation_window_epochs: int = 1
+    observation_window_steps: int = 0
     window_max_age_s: float = 86400.0
     blueprint_candidates: int = 8
     metadata_refresh_s: float = 5.0

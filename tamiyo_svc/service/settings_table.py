@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tamiyo_svc.adapters.logs import LogFormat, LogLevel
 from tamiyo_svc.leyline.partition import MAX_PARTITIONS
+from tamiyo_svc.risk.latency import MAX_STEPS
 from tamiyo_svc.service.variables import setting
 from tamiyo_svc.taxonomy import BlendMode, CpuEngine, SeedOperations, TimeoutAction, WeightDtype
 
@@ -74,6 +75,8 @@ _loss = partial(_risk, unit="loss", ge=0)
 _share = partial(_risk, unit="fraction", ge=0, le=1)
 _percent = partial(_risk, unit="percent", ge=0, le=100)
 _latency = partial(_risk, unit="ms", ge=0)
+_limit = partial(_latency, unset="off")
+_ratio = partial(_risk, unit="times", ge=0)
 
 
 class SettingsTable(BaseSettings):
@@ -374,11 +377,39 @@ class SettingsTable(BaseSettings):
         "`optimizer_hint` at or below this learning rate while the loss rises.",
         ge=0,
     )
-    risk_hook_budget_ms: float = _latency(
-        "TAMIYO_RISK_HOOK_BUDGET_MS", 50.0, "`hook_budget` above this hook latency."
+    risk_hook_budget_ms: float | None = _limit(
+        "TAMIYO_RISK_HOOK_BUDGET_MS",
+        None,
+        "`hook_budget` (HIGH) above this hook latency, whatever the run is used to.",
     )
-    risk_step_latency_high_ms: float = _latency(
-        "TAMIYO_RISK_STEP_LATENCY_HIGH_MS", 120.0, "`step_latency_high` above this step latency."
+    risk_step_latency_high_ms: float | None = _limit(
+        "TAMIYO_RISK_STEP_LATENCY_HIGH_MS",
+        None,
+        "`step_latency_high` (HIGH) above this step latency, whatever the run is used to.",
+    )
+    risk_hook_latency_rise_ratio: float = _ratio(
+        "TAMIYO_RISK_HOOK_LATENCY_RISE_RATIO",
+        2.5,
+        "`hook_budget` above this many times the run's own median hook latency; 0 turns it off.",
+    )
+    risk_step_latency_rise_ratio: float = _ratio(
+        "TAMIYO_RISK_STEP_LATENCY_RISE_RATIO",
+        2.5,
+        "`step_latency_high` above this many times the run's own median step latency; "
+        "0 turns it off.",
+    )
+    risk_latency_rise_ms: float = _latency(
+        "TAMIYO_RISK_LATENCY_RISE_MS",
+        10.0,
+        "`hook_budget` and `step_latency_high` ask for at least this much above the median.",
+    )
+    risk_latency_rise_steps: int = _risk(
+        "TAMIYO_RISK_LATENCY_RISE_STEPS",
+        8,
+        "`hook_budget` and `step_latency_high` pause (HIGH) from so many slow steps in a row on.",
+        unit="steps",
+        ge=1,
+        le=MAX_STEPS,
     )
     risk_kasmina_apply_slow_ms: float = _latency(
         "TAMIYO_RISK_KASMINA_APPLY_SLOW_MS", 30.0, "`kasmina_apply_slow` above this."
@@ -389,7 +420,7 @@ class SettingsTable(BaseSettings):
     risk_isolation_violations: float = _risk(
         "TAMIYO_RISK_ISOLATION_VIOLATIONS",
         0.0,
-        "`isolation_violations` above this many.",
+        "`isolation_violations` above this many in one step.",
         unit="violations",
         ge=0,
     )
@@ -510,9 +541,18 @@ class SettingsTable(BaseSettings):
     fr_obs_window_epochs: int = _report(
         "TAMIYO_FR_OBS_WINDOW_EPOCHS",
         1,
-        "Above 1, each command is observed this long and then reported on again.",
+        "Above 1, each command that changes something is reported on again after this long.",
         unit="epochs",
         ge=1,
+        le=2**31 - 1,
+    )
+    fr_obs_window_steps: int = _report(
+        "TAMIYO_FR_OBS_WINDOW_STEPS",
+        0,
+        "The same after so many steps, where that is sooner; 0 leaves it to the epochs.",
+        unit="steps",
+        ge=0,
+        le=2**31 - 1,
     )
     field_report_retention_hours: float = _report(
         "TAMIYO_FIELD_REPORT_RETENTION_HOURS", 24.0, "How long reports are kept.", unit="h", gt=0

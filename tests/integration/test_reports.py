@@ -177,3 +177,8 @@ async def test_what_the_service_reports_is_listed_with_its_observation_windows(
     synthesised = found[-1]
     assert synthesised["outcome"] == "success"
     assert synthesised["metrics"]["loss_delta_total"] == pytest.approx(-0.1, abs=1e-6)
+    assert synthesised["notes"] == "field_report_synthesised:policy"
+    assert synthesised["observation_window_epochs"] == 2
+    same = ("seed_id", "blueprint_id", "issued_at", "tamiyo_policy_version")
+    assert [synthesised[name] for name in same] == [found[0][name] for name in same]
+    assert synthesised["seed_id"]

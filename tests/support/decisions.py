@@ -12,6 +12,7 @@ from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.policy.proposal import Proposal
 from tamiyo_svc.risk.engine import assess
 from tamiyo_svc.risk.events import FiredEvent
+from tamiyo_svc.risk.latency import NO_LATENCIES, Latencies
 from tamiyo_svc.risk.signals import Inference, Metadata, read_signals
 from tamiyo_svc.risk.thresholds import Thresholds
 from tamiyo_svc.taxonomy import CommandAction, InferenceStatus, PolicyAction, TimeoutAction
@@ -58,6 +59,8 @@ PROPOSAL = Proposal(
     build_ms=0.2,
     inference_ms=2.5,
 )
+SLOW_HOOKS = Latencies(hook=(4.0,) * 24 + (51.0,) * 8)
+"""Of a run whose hooks took 4 ms and have taken 51 ms in the last eight steps."""
 RUNTIME = Runtime(
     policy=PolicyIdentity("policy-1", "policy-1@7"), device="cpu", replica="replica-a"
 )
@@ -98,6 +101,7 @@ def decide(
     *,
     status: InferenceStatus = InferenceStatus.COMPLETED,
     last_loss: float | None = 0.75,
+    latencies: Latencies = NO_LATENCIES,
     runtime: Runtime = RUNTIME,
     metadata: Metadata | None = None,
     conservative: str | None = None,
@@ -119,6 +123,7 @@ def decide(
         last_loss,
         inference=inference,
         metadata=metadata or Metadata(),
+        latencies=latencies,
         blueprint=proposed.blueprint if proposed is not None else None,
         conservative_reason=conservative,
     )

@@ -42,6 +42,7 @@ from tamiyo_svc.service.telemetry import TelemetryDispatch
 START_NS = 1_760_000_000_000_000_000
 KEYRING = Keyring(b"a secret for replays")
 SMALL = NetworkConfig(sage_hidden_dim=16, gat_hidden_dim=8, attention_heads=2)
+OPTIONS = PathOptions(step_timeout_ms=0, observation_window_epochs=2)
 REQUESTS = ("", "demo-safe", "demo-bsds-high,demo-safe", "demo-quarantine", "demo-odd-metadata")
 
 
@@ -54,6 +55,7 @@ class Replayed:
     reasons: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     indicators: set[frozenset[str]] = field(default_factory=set)
+    answers: list[Answer] = field(default_factory=list)
 
     def add(self, answer: Answer) -> None:
         packet = answer.decision.packet
@@ -66,6 +68,7 @@ class Replayed:
         self.whole.update(answer.state.to_bytes())
         self.reasons[answer.decision.verdict.reason] += 1
         self.events.update(event.event.value for event in answer.decision.events)
+        self.answers.append(answer)
         self.indicators.add(frozenset(answer.telemetry.system_health.indicators))
 
 
@@ -95,7 +98,10 @@ def make_packets(count: int, runs: int) -> list[tuple[Any, str]]:
     return packets
 
 
-async def replay(packets: Iterable[tuple[Any, str]]) -> Replayed:
+async def replay(
+    packets: Iterable[tuple[Any, str]],
+    options: PathOptions = OPTIONS,
+) -> Replayed:
     """Decide packets one after the other, each from the state the one before left."""
     policy = build_policy("bootstrap", SMALL)
     builder = GraphBuilder(GraphLimits(), Vocabularies())
@@ -117,7 +123,6 @@ async def replay(packets: Iterable[tuple[Any, str]]) -> Replayed:
         BreakerPolicy(),
         policy_untrained=True,
     )
-    options = PathOptions(step_timeout_ms=0, observation_window_epochs=2)
     dispatch = TelemetryDispatch(TelemetryRouter("t", "e", 120), metrics, KEYRING)
     path = PacketPath(
         lane,

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.decisions import BLUEPRINT, decide, packet, proposal
+from support.decisions import BLUEPRINT, SLOW_HOOKS, decide, packet, proposal
 
 from tamiyo_svc.decision.explanation import explain
 from tamiyo_svc.decision.record import Decision
@@ -34,18 +34,18 @@ def risky() -> Proposal:
             "the policy proposed seed (0.600; next optimizer 0.200) and no event had a say: seed",
         ),
         (
-            decide(packet(hook_latency_ms=51.0)),
+            decide(packet(hook_latency_ms=51.0), latencies=SLOW_HOOKS),
             (
                 "the policy proposed seed (0.600; next optimizer 0.200); hook_budget (HIGH, value "
-                "51.0, threshold 50.0) is the most severe of 1 event and asks for: pause; the most "
+                "51.0, threshold 14.0) is the most severe of 1 event and asks for: pause; the most "
                 "conservative action wins: pause"
             ),
         ),
         (
-            decide(packet(hook_latency_ms=51.0), risky()),
+            decide(packet(hook_latency_ms=51.0), risky(), latencies=SLOW_HOOKS),
             (
                 "the policy proposed seed (0.600; next optimizer 0.200); hook_budget (HIGH, value "
-                "51.0, threshold 50.0) is the most severe of 2 events and asks for: pause; also "
+                "51.0, threshold 14.0) is the most severe of 2 events and asks for: pause; also "
                 "asking: blueprint_risk; the most conservative action wins: pause"
             ),
         ),

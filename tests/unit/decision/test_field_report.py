@@ -3,22 +3,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.decisions import BLUEPRINT, NOW_NS, decide, packet, proposal
+from support.decisions import BLUEPRINT, NOW_NS, SLOW_HOOKS, decide, packet, proposal
 
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.decision.command import CommandOptions, build_command
-from tamiyo_svc.decision.observation import Observation, ObservationWindow
+from tamiyo_svc.decision.observation import (
+    Observation,
+    ObservationWindow,
+    ObservedCommand,
+    open_window,
+)
 from tamiyo_svc.decision.record import Decision, abort
 from tamiyo_svc.decision.report import build_report, build_synthesised_report, synthesised_event
 from tamiyo_svc.decision.telemetry import Timings
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.risk.events import FiredEvent
+from tamiyo_svc.risk.latency import Latencies
 from tamiyo_svc.risk.signals import Metadata
-from tamiyo_svc.taxonomy import Event, InferenceStatus, PolicyAction, Severity
+from tamiyo_svc.taxonomy import Event, InferenceStatus, PolicyAction, Severity, TimeoutAction
 
 SUCCESS = leyline.FIELD_REPORT_OUTCOME_SUCCESS
 NEUTRAL = leyline.FIELD_REPORT_OUTCOME_NEUTRAL
 REGRESSION = leyline.FIELD_REPORT_OUTCOME_REGRESSION
+USUAL_HOOKS = Latencies(hook=(4.0,) * 32)
 ABORTED = leyline.FIELD_REPORT_OUTCOME_ABORTED
 
 
@@ -56,7 +63,8 @@ def in_quarantine_class() -> Decision:
         (decide(metadata=Metadata(timed_out=True)), SUCCESS, "timeout_urza"),
         (decide(packet(loss=5.0)), REGRESSION, "loss_spike"),
         (decide(packet(loss=float("nan"))), REGRESSION, "loss_nonfinite"),
-        (decide(packet(hook_latency_ms=99.0)), REGRESSION, "hook_budget"),
+        (decide(packet(hook_latency_ms=99.0), latencies=SLOW_HOOKS), REGRESSION, "hook_budget"),
+        (decide(packet(hook_latency_ms=99.0), latencies=USUAL_HOOKS), SUCCESS, "hook_budget"),
         (
             decide(packet(violations=1.0)),
             REGRESSION,
@@ -122,7 +130,8 @@ def test_same_decision_same_bytes() -> None:
     assert first == second
 
 
-WINDOW = ObservationWindow("c-1", start_epoch=4, epochs=2, opened_at_ns=NOW_NS)
+COMMAND = ObservedCommand("c-1", NOW_NS, "policy", "seed-0", "bp-1", "policy-1@7")
+WINDOW = ObservationWindow(COMMAND, start_epoch=4, start_step=120, epochs=2, steps=0)
 
 
 def seen(
@@ -130,7 +139,7 @@ def seen(
 ) -> ObservationWindow:
     window = WINDOW
     for delta in deltas:
-        window = window.observe(Observation(4, delta, hook, critical))
+        window = window.observe(Observation(delta, hook, critical))
     return window
 
 
@@ -148,17 +157,22 @@ def seen(
 def test_synthesised_outcome(
     window: ObservationWindow, outcome: leyline.FieldReportOutcome
 ) -> None:
-    assert build_synthesised_report(window, "run-1", "v", NOW_NS).outcome == outcome
+    assert build_synthesised_report(window, "run-1").outcome == outcome
 
 
 def test_synthesised_report() -> None:
     window = seen(-0.5, None, 0.25, hook=3.0)
-    report = build_synthesised_report(window, "run-1", "policy-1@7", NOW_NS)
+    report = build_synthesised_report(window.close(6, 131), "run-1")
     assert report.report_id == "fr-synth-c-1-4+2"
     assert (report.command_id, report.training_run_id) == ("c-1", "run-1")
+    assert (report.seed_id, report.blueprint_id) == ("seed-0", "bp-1")
+    assert report.tamiyo_policy_version == "policy-1@7"
+    assert report.issued_at.ToNanoseconds() == NOW_NS
     assert report.observation_window_epochs == 2
-    assert report.notes == "field_report_synthesised"
+    assert report.notes == "field_report_synthesised:policy"
     assert dict(report.metrics) == {
+        "observed_epochs": 2.0,
+        "observed_steps": 11.0,
         "loss_delta_total": -0.25,
         "loss_delta_min": -0.5,
         "loss_delta_max": 0.25,
@@ -167,8 +181,57 @@ def test_synthesised_report() -> None:
 
 
 def test_a_window_closed_early_says_so() -> None:
-    early = replace(WINDOW, closed_early=True)
-    assert build_synthesised_report(early, "run-1", "v", NOW_NS).notes == "closed_early"
+    early = WINDOW.close(4, 125, early=True)
+    report = build_synthesised_report(early, "run-1")
+    assert report.notes == "closed_early:policy"
+    assert report.observation_window_epochs == 0
+    assert report.metrics["observed_steps"] == 5.0
     event = synthesised_event(early)
     assert (event.event, event.severity) == (Event.FIELD_REPORT_SYNTHESISED, Severity.INFO)
     assert event.attributes["closed_early"] == "1"
+    assert (event.attributes["epochs"], event.attributes["steps"]) == ("0", "5")
+    assert event.attributes["reason"] == "policy"
+
+
+@pytest.mark.parametrize(
+    ("decision", "opens"),
+    [
+        (decide(), True),
+        (decide(packet(cpu_util_percent=99.0)), True),
+        (decide(proposed=proposal(action=PolicyAction.BREAKER_OPEN)), True),
+        (decide(proposed=proposal(action=PolicyAction.OPTIMIZER)), True),
+        (
+            decide(proposed=proposal(action=PolicyAction.OPTIMIZER, parameters=(0.0,) * 4)),
+            False,
+        ),
+        (decide(status=InferenceStatus.TIMED_OUT, timeout_action=TimeoutAction.BASELINE), False),
+        (decide(proposed=proposal(action=PolicyAction.PAUSE)), False),
+        (decide(packet(loss=5.0)), False),
+    ],
+)
+def test_only_a_command_that_changes_something_is_observed(decision: Decision, opens: bool) -> None:
+    command = build_command(decision, CommandOptions())
+    window = open_window(decision, command, epochs=2, steps=0)
+    assert (window is not None) is opens
+
+
+def test_a_window_knows_its_command() -> None:
+    decision = decide()
+    window = open_window(decision, build_command(decision, CommandOptions()), epochs=2, steps=7)
+    assert window is not None
+    assert window.command == replace(COMMAND, command_id=decision.command_id)
+    assert (window.start_epoch, window.start_step) == (3, 12)
+    assert (window.epochs, window.steps) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "label"),
+    [(1, 0, None), (2, 0, "3+2"), (1, 9, "12+9steps"), (2, 9, "3+2")],
+)
+def test_one_epoch_is_no_window_and_a_label_names_the_limit(
+    epochs: int, steps: int, label: str | None
+) -> None:
+    decision = decide()
+    command = build_command(decision, CommandOptions())
+    window = open_window(decision, command, epochs, steps)
+    assert (window.label if window is not None else None) == label

@@ -9,6 +9,7 @@ import pytest
 from tamiyo_svc.catalog import Blueprint
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.risk.engine import Verdict, assess
+from tamiyo_svc.risk.latency import NO_LATENCIES, Latencies
 from tamiyo_svc.risk.rules import RULES
 from tamiyo_svc.risk.signals import Inference, Metadata, Signals, read_signals
 from tamiyo_svc.risk.thresholds import Thresholds
@@ -44,6 +45,7 @@ def signals(
     blueprint: Blueprint | None = None,
     emergency: leyline.EmergencySignal | None = None,
     conservative: str | None = None,
+    latencies: Latencies = NO_LATENCIES,
     **metrics: float,
 ) -> Signals:
     """Signals of a quiet step, but for what is given; `_` in a metric's name may be a dot."""
@@ -59,6 +61,7 @@ def signals(
         last_loss,
         inference=inference or Inference(coverage_mean=0.9, policy_risk_score=0.1),
         metadata=metadata or Metadata(),
+        latencies=latencies,
         blueprint=blueprint,
         emergencies=() if emergency is None else (emergency,),
         conservative_reason=conservative,
@@ -86,6 +89,18 @@ def with_sheet(
             provenance=leyline.PROVENANCE_URABRASK,
         ),
     )
+
+
+LEVEL, RISING, RISEN = ((20.0,) * (32 - slow) + (60.0,) * slow for slow in (0, 6, 7))
+"""A steady run, and two whose last six and seven steps took three times as long."""
+
+
+def step(latency_ms: float, before: tuple[float, ...]) -> Signals:
+    return signals(latencies=Latencies(step=before), step_latency_ms=latency_ms)
+
+
+def hook(latency_ms: float, before: tuple[float, ...]) -> Signals:
+    return signals(latencies=Latencies(hook=before), hook_latency_ms=latency_ms)
 
 
 def ended(status: InferenceStatus) -> Signals:
@@ -254,15 +269,28 @@ ROWS = (
         Event.HOOK_BUDGET,
         Severity.HIGH,
         ALL_PAUSE,
-        (signals(hook_latency_ms=49.9), signals(hook_latency_ms=50.0)),
-        (signals(hook_latency_ms=50.1),),
+        (
+            signals(hook_latency_ms=5000.0),
+            hook(60.0, (60.0,) * 32),
+            hook(60.0, LEVEL),
+            hook(60.0, RISING),
+            hook(50.0, RISEN),
+            step(60.0, RISEN),
+        ),
+        (hook(60.0, RISEN), hook(50.1, RISEN)),
     ),
     Row(
         Event.STEP_LATENCY_HIGH,
         Severity.HIGH,
         ALL_PAUSE,
-        (signals(step_latency_ms=119.9), signals(step_latency_ms=120.0)),
-        (signals(step_latency_ms=120.1),),
+        (
+            signals(step_latency_ms=5000.0),
+            step(200.0, (200.0,) * 32),
+            step(60.0, LEVEL),
+            step(50.0, RISEN),
+            hook(60.0, RISEN),
+        ),
+        (step(60.0, RISEN), step(50.1, RISEN)),
     ),
     Row(
         Event.ISOLATION_VIOLATIONS,
@@ -359,6 +387,20 @@ ROWS = (
         SEED_TO_OPTIMIZER,
         (signals(grad_conflict_rate=0.49), signals(grad_conflict_rate=0.5)),
         (signals(grad_conflict_rate=0.51),),
+    ),
+    Row(
+        Event.HOOK_BUDGET,
+        Severity.WARNING,
+        UNCHANGED,
+        (hook(50.0, LEVEL), hook(60.0, LEVEL[:15]), hook(60.0, RISEN), step(60.0, LEVEL)),
+        (hook(50.1, LEVEL), hook(60.0, LEVEL[:16]), hook(60.0, RISING)),
+    ),
+    Row(
+        Event.STEP_LATENCY_HIGH,
+        Severity.WARNING,
+        UNCHANGED,
+        (step(50.0, LEVEL), step(60.0, LEVEL[:15]), step(60.0, RISEN), hook(60.0, LEVEL)),
+        (step(50.1, LEVEL), step(60.0, LEVEL[:16]), step(60.0, RISING)),
     ),
     Row(
         Event.KASMINA_APPLY_SLOW,
@@ -523,11 +565,19 @@ def test_conservative_mode_overrides_the_baseline_command() -> None:
     assert (verdict.action, verdict.reason) == (PAUSE, "timeout_inference")
 
 
+SLOW_HOOK = {"hook_latency_ms": 60.0, "latencies": Latencies(hook=RISEN)}
+
+
 @pytest.mark.parametrize(
     ("one", "other", "reason", "action"),
     [
-        ({"hook_latency_ms": 51.0}, {"step_latency_ms": 121.0}, "hook_budget", PAUSE),
-        ({"loss_delta": 0.2}, {"hook_latency_ms": 51.0}, "loss_spike", PAUSE),
+        (
+            {"hook_latency_ms": 60.0, "latencies": Latencies(RISEN, RISEN)},
+            {"step_latency_ms": 60.0},
+            "hook_budget",
+            PAUSE,
+        ),
+        ({"loss_delta": 0.2}, SLOW_HOOK, "loss_spike", PAUSE),
         ({"cpu_util_percent": 99.0}, {"grad_var": 2.0}, "cpu_pressure_high", OPTIMIZER),
         ({"cpu_util_percent": 99.0}, {"conservative": "x"}, "cpu_pressure_high", PAUSE),
         ({"conservative": "x"}, {"grad_var": 2.0}, "conservative_mode", PAUSE),
@@ -541,7 +591,7 @@ def test_conservative_mode_overrides_the_baseline_command() -> None:
             OPTIMIZER,
         ),
         ({"metadata": Metadata(timed_out=True)}, {"grad_var": 2.0}, "timeout_urza", OPTIMIZER),
-        ({"hook_latency_ms": 51.0}, {"loss": INF}, "loss_nonfinite", PAUSE),
+        (SLOW_HOOK, {"loss": INF}, "loss_nonfinite", PAUSE),
         ({"grad_var": 2.0}, {"grad_norm_ewma": NAN}, "grad_variance_high", OPTIMIZER),
         ({"stages": ()}, {"grad_var": 2.0}, "grad_variance_high", PAUSE),
         ({"stages": ()}, {"blueprint": with_sheet()}, "no_seed_candidates", PAUSE),
@@ -636,8 +686,10 @@ def test_the_conservative_reason_is_that_of_the_rule_that_asks_for_it() -> None:
         ("loss_volatility", 0.5, signals(loss_volatility=0.2)),
         ("grad_variance", 9.0, signals(grad_var=2.0)),
         ("grad_conflict", 0.9, signals(grad_conflict_rate=0.6)),
-        ("hook_budget_ms", 100.0, signals(hook_latency_ms=60.0)),
-        ("step_latency_high_ms", 200.0, signals(step_latency_ms=150.0)),
+        ("hook_latency_rise_ratio", 4.0, hook(60.0, RISEN)),
+        ("step_latency_rise_ratio", 4.0, step(60.0, RISEN)),
+        ("latency_rise_ms", 50.0, step(60.0, RISEN)),
+        ("latency_rise_steps", 9, hook(60.0, RISEN)),
         ("kasmina_apply_slow_ms", 60.0, signals(kasmina__apply_ms=40.0)),
         ("kasmina_finalize_slow_ms", 60.0, signals(kasmina__finalize_ms=40.0)),
         ("isolation_violations", 3.0, signals(kasmina__isolation__violations=2.0)),
@@ -657,7 +709,8 @@ def test_the_conservative_reason_is_that_of_the_rule_that_asks_for_it() -> None:
 )
 def test_a_raised_threshold_silences_its_event(field: str, value: float, quieted: Signals) -> None:
     before = assess(quieted, THRESHOLDS, SEED).events
-    after = assess(quieted, replace(THRESHOLDS, **{field: value}), SEED).events
+    raised = replace(THRESHOLDS, **{field: value})  # type: ignore[arg-type]
+    after = assess(quieted, raised, SEED).events
     assert len(after) < len(before) or after[0].severity < before[0].severity
 
 
@@ -672,8 +725,49 @@ def test_every_bsds_event_names_its_provenance() -> None:
 
 
 def test_an_event_carries_its_value_and_threshold() -> None:
-    (event,) = assess(signals(hook_latency_ms=75.0), THRESHOLDS, SEED).events
-    assert event.attributes == {"value": "75.0", "threshold": "50.0"}
+    (event,) = assess(signals(grad_var=1.5), THRESHOLDS, SEED).events
+    assert event.attributes == {"value": "1.5", "threshold": "1.0"}
+
+
+def test_a_rise_carries_the_median_and_how_long_it_has_lasted() -> None:
+    (event,) = assess(hook(60.0, RISEN), THRESHOLDS, SEED).events
+    assert event.attributes == {
+        "value": "60.0",
+        "threshold": "50.0",
+        "median": "20.0",
+        "steps": "8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "event", "quiet", "firing"),
+    [
+        ({"hook_budget_ms": 50.0}, Event.HOOK_BUDGET, 50.0, 50.1),
+        ({"hook_budget_ms": 0.0}, Event.HOOK_BUDGET, 0.0, 0.1),
+        ({"step_latency_high_ms": 120.0}, Event.STEP_LATENCY_HIGH, 120.0, 120.1),
+    ],
+)
+def test_a_limit_that_is_set_pauses_above_it_whatever_the_run_is_used_to(
+    limit: dict[str, float], event: Event, quiet: float, firing: float
+) -> None:
+    thresholds = replace(THRESHOLDS, **limit)  # type: ignore[arg-type]
+    make = hook if event is Event.HOOK_BUDGET else step
+    for before in ((), (firing,) * 32):
+        assert assess(make(quiet, before), thresholds, SEED) == Verdict(SEED, "policy")
+        verdict = assess(make(firing, before), thresholds, SEED)
+        assert (verdict.action, verdict.reason) == (PAUSE, event.value)
+        assert fired(verdict) == {event: Severity.HIGH}
+
+
+def test_a_rise_can_be_switched_off() -> None:
+    off = replace(THRESHOLDS, step_latency_rise_ratio=0.0)
+    assert assess(step(6000.0, RISEN), off, SEED).events == ()
+    assert fired(assess(hook(6000.0, RISEN), off, SEED)) == {Event.HOOK_BUDGET: Severity.HIGH}
+
+
+def test_a_violation_pauses_its_own_step_alone() -> None:
+    assert assess(signals(kasmina__isolation__violations=2.0), THRESHOLDS, SEED).action is PAUSE
+    assert assess(signals(kasmina__isolation__violations=0.0), THRESHOLDS, SEED).events == ()
 
 
 def test_a_timeout_carries_its_budget() -> None:

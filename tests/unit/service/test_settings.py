@@ -89,6 +89,7 @@ DEFAULTS = {
     "TAMIYO_BLEND_ALPHA_HI": 1.0,
     "TAMIYO_BLEND_ALPHA_VEC_MAX": 64,
     "TAMIYO_FR_OBS_WINDOW_EPOCHS": 1,
+    "TAMIYO_FR_OBS_WINDOW_STEPS": 0,
     "TAMIYO_FIELD_REPORT_RETENTION_HOURS": 24.0,
     "TAMIYO_FIELD_REPORT_MAX_RETRIES": 3,
     "TAMIYO_FR_RETRY_BACKOFF_MS": 1000,
@@ -131,8 +132,9 @@ def test_every_threshold_is_a_setting_and_every_risk_setting_a_threshold() -> No
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Thresholds)])
 def test_a_risk_setting_reaches_the_threshold_of_its_name(name: str) -> None:
+    default = getattr(Thresholds(), name)
     # Some are bounded by a neighbour, so each is moved by little.
-    moved = getattr(Thresholds(), name) + 0.001
+    moved = default + 1 if isinstance(default, int) else (default or 0.0) + 0.001
     thresholds = load_settings(**{f"risk_{name}": moved}).thresholds()
     assert getattr(thresholds, name) == moved
     others = [field.name for field in fields(Thresholds) if field.name != name]
