@@ -27,7 +27,7 @@ def bake(model: nn.Module, places: Sequence[tuple[tuple[str, str], Slot]]) -> nn
         Exception: whatever copying the network raises.
     """
     baked = copy.deepcopy(model)
-    hooks = baked._load_state_dict_pre_hooks
+    hooks: Any = baked._load_state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook.hook is leave_out_missing]:
         del hooks[key]
     twins = []

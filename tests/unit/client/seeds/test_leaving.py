@@ -174,6 +174,7 @@ def test_a_process_without_tamiyo_loads_what_was_baked(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("baking", [False, True])
 def test_onnx_gives_the_networks_outputs(baking: bool, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
