@@ -17,7 +17,7 @@ from tamiyo_svc.client.seeds.blueprints import BLUEPRINTS, Build
 from tamiyo_svc.client.seeds.gates import Impact
 from tamiyo_svc.client.seeds.lifecycle import CULLED, JOINED, TRAINING, Seed, describe_seed
 from tamiyo_svc.client.seeds.places import find_home, find_neighbour
-from tamiyo_svc.client.seeds.ranks import WORLD
+from tamiyo_svc.client.seeds.ranks import WORLD, RanksApartError
 from tamiyo_svc.client.seeds.slot import CHILD, Slot, leave_out_missing
 from tamiyo_svc.client.seeds.snapshot import restore_place, restore_seed, save_seed
 from tamiyo_svc.client.seeds.undisturbed import undisturbed, undisturbed_generators
@@ -155,9 +155,14 @@ class SeedBank:
         return module
 
     @property
+    def _apart(self) -> bool:
+        """Whether ranks lost each other, so that whatever changed would differ between them."""
+        return WORLD.shared and WORLD.apart
+
+    @property
     def wants_isolated_pass(self) -> bool:
         """Whether a seed is in isolated training."""
-        return any(seed.stage == TRAINING for seed in self.seeds)
+        return not self._apart and any(seed.stage == TRAINING for seed in self.seeds)
 
     def follow(self, learning_rate: float) -> None:
         """Train with the host's learning rate from now on."""
@@ -197,8 +202,9 @@ class SeedBank:
 
     def advance(self, *, blend: bool) -> None:
         """Count one training step; while blending, and if `blend`, alphas follow their schedule."""
-        for seed in self.seeds:
-            seed.advance(blend=blend)
+        if not self._apart:
+            for seed in self.seeds:
+                seed.advance(blend=blend)
 
     def impact(self, seed: Seed) -> Impact | None:
         """What the seed in full is worth, None if nobody evaluates; the same on all ranks.
@@ -339,13 +345,16 @@ class SeedBank:
         return undisturbed(self.model, others)
 
     def _step(self, seed: Seed, slot: Slot, loss: float, scale: float) -> None:
-        if seed.optimizer is None or (WORLD.shared and WORLD.apart):
+        if seed.optimizer is None or self._apart:
             return
         _divide_gradients(seed, scale)
-        WORLD.average_gradients(seed.parameters)
-        WORLD.take_from_first(seed.buffers)
-        # A gate must open on all ranks or on none, and a seed that failed on one leave them all.
-        loss, failed = WORLD.average((loss, float(slot.failure is not None)))
+        try:
+            WORLD.average_gradients(seed.parameters)
+            WORLD.take_from_first(seed.buffers)
+            # A gate must open on all ranks or on none, and a seed that failed on one leave them all.
+            loss, failed = WORLD.average((loss, float(slot.failure is not None)))
+        except RanksApartError:
+            return
         if failed:
             error = slot.failure
             _LOG.error(

@@ -140,7 +140,7 @@ class Ranks:
     def _own_group(self) -> Any:
         group = None if self._group is None else self._group()
         if group is None:
-            self._within_s = min(self._within_s, _default_limit_s())
+            self._within_s = min(self._within_s, _default_limit_s() / 2.0)
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._within_s))
             self._group = weakref.ref(group)
             self.apart = False
@@ -158,7 +158,7 @@ def _default_limit_s() -> float:
         options = world._get_backend(torch.device("cpu")).options
         return float(options._timeout.total_seconds())
     except (AttributeError, RuntimeError):
-        return WITHIN_S
+        return 2.0 * WITHIN_S
 
 
 def _alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
