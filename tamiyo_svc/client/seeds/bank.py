@@ -351,7 +351,7 @@ class SeedBank:
         try:
             WORLD.average_gradients(seed.parameters)
             WORLD.take_from_first(seed.buffers)
-            # A gate must open on all ranks or on none, and a seed that failed on one leave them all.
+            # A gate must open on all ranks or none, and a seed that failed on one leave them all.
             loss, failed = WORLD.average((loss, float(slot.failure is not None)))
         except RanksApartError:
             return

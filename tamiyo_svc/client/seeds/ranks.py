@@ -31,8 +31,8 @@ class Ranks:
 
     Small things are exchanged on the CPU over a gloo group of their own, so that a rank which does
     not come disturbs no collective of the training itself. Without other ranks everything is as
-    this one says. After a rank has not come within `within_s` seconds `apart` is true and every
-    exchange raises at once.
+    this one says. After a rank has not come within `within_s` seconds, or half the limit of the
+    default group if that is shorter, `apart` is true and every exchange raises at once.
     """
 
     def __init__(self, within_s: float = WITHIN_S) -> None:
