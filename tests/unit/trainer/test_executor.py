@@ -95,16 +95,6 @@ class Run:
             if stage != GERMINATED:
                 self.teach(stage)
             self.seed.loss_fast = self.seed.loss_slow = 1.0
-            self.teach()
-
-    def teach(self) -> None:
-        """Train the seed until the network is better with it."""
-        for _ in range(20):
-            logits = self.network.trial(SAMPLES.images, self.seed.index)
-            torch.nn.functional.cross_entropy(logits, SAMPLES.labels).backward()  # type: ignore[no-untyped-call]
-            self.seed.observe(1.0, 1.0)
-            self.seed.learn()
-            self.network.zero_grad()
 
     def teach(self, stage: leyline.SeedLifecycleStage) -> None:
         """Train the seed until the network is better with it."""
