@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,6 +13,8 @@ from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import AckOutcome
 
 _MAX_NOTE_CHARS: Final = 200
+LARGEST: Final = 3.4e38
+"""About the largest number that a packet's 32-bit floats can hold."""
 _FLOAT: Final = frozenset({float})
 
 SeedValues = leyline.SeedState | Mapping[str, Any]
@@ -53,7 +56,8 @@ class Snapshot:
 def freeze(state: State) -> Snapshot:
     """A copy that no later change to the caller's values reaches.
 
-    Metrics that are no numbers are left out.
+    Metrics that are no numbers are left out, and those too large for the packet become the
+    largest number it holds.
 
     Raises:
         TypeError, ValueError: another value does not fit its field.
@@ -135,7 +139,12 @@ def build_report(
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _limit(float(value))
+
+
+def _limit(value: float) -> float:
+    # What is infinite stays so.
+    return math.copysign(LARGEST, value) if LARGEST < abs(value) < math.inf else value
 
 
 def _bytes(kind: type[Message], value: Any) -> bytes:
@@ -145,11 +154,11 @@ def _bytes(kind: type[Message], value: Any) -> bytes:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     if set(map(type, metrics.values())) <= _FLOAT:
-        return dict(metrics)
+        return {name: _limit(value) for name, value in metrics.items()}
     numbers = {}
     for name, value in metrics.items():
         try:
-            numbers[name] = float(value)
+            numbers[name] = _limit(float(value))
         # RuntimeError is what a tensor of several elements raises.
         except (TypeError, ValueError, OverflowError, RuntimeError):
             continue

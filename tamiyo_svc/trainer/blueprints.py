@@ -122,18 +122,15 @@ BLUEPRINTS: Final[Mapping[str, SeedBlueprint]] = {
 }
 
 
-def build_seed(blueprint_id: str, channels: int, random_seed: int) -> nn.Sequential:
+def build_seed(blueprint_id: str, channels: int) -> nn.Sequential:
     """A fresh module that computes a residual for features (n, channels, y, x).
 
-    Its last layer starts at zero, so joined to its host it first changes nothing. The same
-    `random_seed` gives the same weights; the global generator is left as it was.
+    Its last layer starts at zero, so joined to its host it first changes nothing.
 
     Raises:
         KeyError: no such blueprint.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed)
-        module = BLUEPRINTS[blueprint_id].build(channels)
+    module = BLUEPRINTS[blueprint_id].build(channels)
     for parameter in module[-1].parameters():
         nn.init.zeros_(parameter)
     return module
@@ -196,7 +193,9 @@ _ACTIVATIONS: Final[Mapping[type[nn.Module], tuple[str, float]]] = {
 
 def graph_metadata(blueprint: SeedBlueprint) -> dict[str, Any]:
     """Layers, activations and parameters of a blueprint, read off its module."""
-    module = build_seed(blueprint.blueprint_id, _DESCRIBED_CHANNELS, random_seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build_seed(blueprint.blueprint_id, _DESCRIBED_CHANNELS)
     leaves = [leaf for leaf in module.modules() if not list(leaf.children())]
     layers: list[dict[str, Any]] = []
     activations: list[dict[str, Any]] = []

@@ -6,45 +6,40 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Final, Protocol
 
-import psutil
 import torch
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from tamiyo_svc.client.counters import ClientCounters
-from tamiyo_svc.client.seeds.executor import Execution
-from tamiyo_svc.client.seeds.lifecycle import CULLED, DORMANT, FOSSILIZED, Seed
-from tamiyo_svc.client.verification import VerifiedCommand
+from tamiyo_svc.client.run import RunSettings, StepClient, StepEnd, TamiyoRun
+from tamiyo_svc.client.seeds import SeedBank
+from tamiyo_svc.client.seeds.lifecycle import CULLED, DORMANT, FOSSILIZED
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.trainer.blueprints import BLUEPRINTS
+from tamiyo_svc.taxonomy import AckOutcome
+from tamiyo_svc.trainer.blueprints import BLUEPRINTS, build_seed
 from tamiyo_svc.trainer.data import Samples, load
-from tamiyo_svc.trainer.executor import CommandExecutor
-from tamiyo_svc.trainer.learner import Learner, StepResult, evaluate
-from tamiyo_svc.trainer.metrics import Timings, TrainingMeters
-from tamiyo_svc.trainer.network import CHANNELS, HostNetwork
-from tamiyo_svc.trainer.packets import build_packet
+from tamiyo_svc.trainer.learner import Learner, evaluate
+from tamiyo_svc.trainer.network import PLACES, HostNetwork
 from tamiyo_svc.trainer.records import RunSummary, SeedView, StepOutcome, StepRecord
 
-_GIB: Final = 1 << 30
 _FLUSH_S: Final = 1.0
+_OUTCOMES: Final = {
+    None: StepOutcome.MISSED,
+    AckOutcome.APPLIED: StepOutcome.APPLIED,
+    AckOutcome.REJECTED: StepOutcome.REJECTED,
+}
 
 
-class CommandSource(Protocol):
+class CommandSource(StepClient, Protocol):
     """What the loop needs of a client; `TamiyoClient` is one."""
 
     run_id: str
 
     @property
     def counters(self) -> ClientCounters: ...
-
-    def publish_packet(
-        self, packet: leyline.SystemStatePacket, *, blueprint_ids: tuple[str, ...] = ()
-    ) -> bool: ...
-
-    def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None: ...
-
-    def poll(self) -> VerifiedCommand | None: ...
 
     def flush(self, timeout_s: float) -> bool: ...
 
@@ -62,11 +57,10 @@ class TrainerSettings:
 
 
 class Trainer:
-    """Trains the digits classifier, one command a step.
+    """Trains the digits classifier, one command a step; the client stays open.
 
     Deterministic for a given `random_seed` and sequence of commands. `clock` measures durations
-    in seconds, `timestamp_ns` stamps packets with Unix time. The number of torch threads is the
-    caller's to set; one is enough.
+    in seconds. The number of torch threads is the caller's to set; one is enough.
     """
 
     def __init__(
@@ -76,30 +70,36 @@ class Trainer:
         *,
         on_step: Callable[[StepRecord], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        timestamp_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.settings = settings or TrainerSettings()
         self._client = client
         self.on_step = on_step
         self._clock = clock
-        self._timestamp_ns = timestamp_ns
         self._generator = torch.Generator().manual_seed(self.settings.random_seed)
         self._digits = load(self._generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.random_seed)
             self.network = HostNetwork()
-        self.seeds = [Seed(index, self.network.slot(index)) for index in range(len(CHANNELS))]
-        self.learner = Learner(
-            self.network, self.seeds, self.settings.learning_rate, self.settings.steps
+        self.learner = Learner(self.network, self.settings.learning_rate, self.settings.steps)
+        self.bank = SeedBank(
+            self.network,
+            {name: partial(build_seed, name) for name in BLUEPRINTS},
+            random_seed=self.settings.random_seed,
+            evaluate=lambda: evaluate(self.network, self._digits.validation)[0],
+            risks={name: blueprint.risk for name, blueprint in BLUEPRINTS.items()},
         )
-        self.executor = CommandExecutor(
-            self.learner,
-            self._digits.validation,
-            self.settings.blend_steps,
-            self.settings.random_seed,
+        for place in PLACES:
+            self.bank.attach(place)
+        self.tamiyo = TamiyoRun(
+            client,
+            optimizer=self.learner.optimizer,
+            scheduler=self.learner.scheduler,
+            bank=self.bank,
+            settings=RunSettings(
+                wait_s=self.settings.command_budget_s, blend_steps=self.settings.blend_steps
+            ),
+            clock=clock,
         )
-        self._meters = TrainingMeters()
-        self._timings = Timings()
         self._outcomes: Counter[StepOutcome] = Counter()
         self._rejections: Counter[str] = Counter()
         self._violations = 0
@@ -124,14 +124,9 @@ class Trainer:
         """Train step by step; each record is also handed to `on_step`."""
         for epoch in range(1, self.epochs + 1):
             batches = self._digits.training.batches(self.settings.batch_size, self._generator)
-            while self._step < self.settings.steps:
-                started_s = self._clock()
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                self._timings.input_wait_ms = self._since_ms(started_s)
+            left = self.settings.steps - self._step
+            for batch in self.tamiyo.batches(islice(batches, left)):
                 record = self._train(batch, epoch)
-                self._timings.step_latency_ms = self._since_ms(started_s)
                 if self.on_step is not None:
                     self.on_step(record)
                 yield record
@@ -139,95 +134,54 @@ class Trainer:
     def _train(self, batch: Samples, epoch: int) -> StepRecord:
         self._step += 1
         result = self.learner.step(batch)
-        self._violations += result.isolation_violations
         validation_loss, accuracy = evaluate(self.network, self._digits.validation)
-        hook_s = self._clock()
-        packet = self._packet(result, epoch, validation_loss, accuracy)
-        published_s = self._clock()
-        self._client.publish_packet(packet, blueprint_ids=self._wanted_blueprints())
-        verified = self._client.wait(self._step, self.settings.command_budget_s)
-        latency_ms = self._since_ms(published_s)
-        command = verified.command if verified is not None else None
-        execution = self._apply(command, epoch)
-        self._timings.hook_latency_ms = self._since_ms(hook_s)
-        return self._record(
-            epoch, result.loss, validation_loss, accuracy, command, execution, latency_ms
-        )
-
-    def _apply(self, command: leyline.AdaptationCommand | None, epoch: int) -> Execution:
-        started_s = self._clock()
-        execution = Execution() if command is None else self.executor.apply(command, epoch)
-        self._timings.apply_ms = self._since_ms(started_s)
-        started_s = self._clock()
-        for seed in self.seeds:
-            seed.advance(blend=execution.advances_blend)
-        self._timings.finalize_ms = self._since_ms(started_s)
-        return execution
-
-    def _packet(
-        self, result: StepResult, epoch: int, validation_loss: float, accuracy: float
-    ) -> leyline.SystemStatePacket:
-        metrics = self._meters.observe(
-            result,
-            validation_loss,
-            self._timings,
-            batch_size=self.settings.batch_size,
-            learning_rate=self.learner.learning_rate,
-            epochs=self.epochs,
-        )
-        return build_packet(
-            run_id=self._client.run_id,
-            step=self._step,
+        ended = self.tamiyo.end_step(
+            self._step,
+            result.loss,
             epoch=epoch,
-            timestamp_ns=self._timestamp_ns(),
-            training_loss=result.loss,
+            epochs_total=self.epochs,
             validation_loss=validation_loss,
             validation_accuracy=accuracy,
-            metrics=metrics,
-            hardware=_hardware(metrics["cpu_util_percent"]),
-            seeds=self.seeds,
+            gradient_norm=result.gradient_norm,
+            batch_size=self.settings.batch_size,
+            isolated_loss=lambda: self.learner.loss(batch),
+            blueprint_ids=self._wanted_blueprints(),
         )
+        self._violations += self.bank.isolation_violations
+        return self._record(epoch, result.loss, validation_loss, accuracy, ended)
 
     def _wanted_blueprints(self) -> tuple[str, ...]:
         """Every blueprint, first the one that suits the first seed still on its way."""
         known = tuple(BLUEPRINTS)
-        seed = next((s for s in self.seeds if s.stage not in (FOSSILIZED, CULLED)), None)
+        seed = next((s for s in self.bank.seeds if s.stage not in (FOSSILIZED, CULLED)), None)
         if seed is None:
             return known
         first = seed.index % len(known) if seed.stage == DORMANT else known.index(seed.blueprint_id)
         return known[first:] + known[:first]
 
     def _record(
-        self,
-        epoch: int,
-        loss: float,
-        validation_loss: float,
-        accuracy: float,
-        command: leyline.AdaptationCommand | None,
-        execution: Execution,
-        latency_ms: float,
+        self, epoch: int, loss: float, validation_loss: float, accuracy: float, ended: StepEnd
     ) -> StepRecord:
-        rejection = ": ".join(part for part in (execution.refusal, execution.gate) if part)
-        outcome = StepOutcome.REJECTED if rejection else StepOutcome.APPLIED
+        command = None if ended.verified is None else ended.verified.command
         record = StepRecord(
             step=self._step,
             epoch=epoch,
             loss=loss,
             validation_loss=validation_loss,
             accuracy=accuracy,
-            learning_rate=self.learner.learning_rate,
-            outcome=StepOutcome.MISSED if command is None else outcome,
+            learning_rate=self.tamiyo.rate.learning_rate,
+            outcome=_OUTCOMES[ended.outcome],
             command_type="" if command is None else _type_name(command),
             operation="" if command is None else _operation_name(command),
             target_seed_id="" if command is None else command.target_seed_id,
             reason="" if command is None else command.annotations.get("risk_reason", ""),
-            rejection=rejection,
-            latency_ms=None if command is None else latency_ms,
+            rejection=ended.reason,
+            latency_ms=ended.latency_ms,
             seeds=self._views(),
         )
         self._outcomes[record.outcome] += 1
-        if rejection:
-            self._rejections[rejection] += 1
+        if ended.reason:
+            self._rejections[ended.reason] += 1
         return record
 
     def _summary(self, duration_s: float) -> RunSummary:
@@ -257,15 +211,12 @@ class Trainer:
                 seed.slot.alpha,
                 seed.blueprint_id,
             )
-            for seed in self.seeds
+            for seed in self.bank.seeds
         )
 
     @property
     def _batches_per_epoch(self) -> int:
         return len(self._digits.training) // self.settings.batch_size
-
-    def _since_ms(self, started_s: float) -> float:
-        return 1e3 * (self._clock() - started_s)
 
 
 def _type_name(command: leyline.AdaptationCommand) -> str:
@@ -282,14 +233,3 @@ def _spell(enum: EnumTypeWrapper, number: int, prefix: str) -> str:
     if number not in enum.values():
         return str(number)
     return enum.Name(number).removeprefix(prefix).lower()
-
-
-def _hardware(utilization_percent: float) -> leyline.HardwareContext:
-    memory = psutil.virtual_memory()
-    return leyline.HardwareContext(
-        device_type="cpu",
-        device_id="cpu",
-        total_memory_gb=memory.total / _GIB,
-        available_memory_gb=memory.available / _GIB,
-        utilization_percent=utilization_percent,
-    )

@@ -28,6 +28,7 @@ from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 _PATIENCE_STEPS: Final = 120
 """A seed that has trained this long and still does not help never will."""
+_LR_DELTA: Final = "lr_delta"
 
 
 class Refusal(StrEnum):
@@ -39,6 +40,7 @@ class Refusal(StrEnum):
     UNKNOWN_SEED = "unknown_seed"
     UNKNOWN_BLUEPRINT = "unknown_blueprint"
     UNKNOWN_OPTIMIZER = "unknown_optimizer"
+    LEARNING_RATE = "learning_rate"
     INVALID_PARAMETER = "invalid_parameter"
     UNSUPPORTED = "unsupported"
     FAILED_ON_A_RANK = "failed_on_a_rank"
@@ -46,11 +48,20 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What became of a command: applied when `refusal` is None; `gate` says which check failed."""
+    """What became of a command: applied when `refusal` is None.
+
+    `gate` says which check failed, `detail` what else there is to say.
+    """
 
     refusal: Refusal | None = None
     gate: GateFailure | None = None
     advances_blend: bool = True
+    detail: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it was refused, such as `gate: min_steps`; empty when it was applied."""
+        return ": ".join(part for part in (self.refusal, self.gate, self.detail) if part)
 
 
 APPLIED: Final = Execution()
@@ -64,8 +75,8 @@ class LearningRate(Protocol):
     def learning_rate(self) -> float:
         """The rate now."""
 
-    def change_learning_rate(self, delta: float) -> None:
-        """Multiply it by 1 + `delta`, within its bounds."""
+    def change_learning_rate(self, delta: float) -> str:
+        """Multiply it by 1 + `delta`, within its bounds; why not, empty when done."""
 
 
 class CommandExecutor:
@@ -122,11 +133,14 @@ class CommandExecutor:
     def _adjust(self, adjustment: leyline.CommandOptimizerAdjustment) -> Execution:
         if adjustment.optimizer_id and adjustment.optimizer_id not in self._optimizer_ids:
             return Execution(Refusal.UNKNOWN_OPTIMIZER)
-        delta = adjustment.hyperparameters.get("lr_delta", 0.0)
+        unsupported = sorted(adjustment.hyperparameters.keys() - {_LR_DELTA})
+        if unsupported or _LR_DELTA not in adjustment.hyperparameters:
+            return Execution(Refusal.UNSUPPORTED, detail=", ".join(unsupported))
+        delta = adjustment.hyperparameters[_LR_DELTA]
         if not math.isfinite(delta):
             return Execution(Refusal.INVALID_PARAMETER)
-        self._rate.change_learning_rate(delta)
-        return APPLIED
+        obstacle = self._rate.change_learning_rate(delta)
+        return Execution(Refusal.LEARNING_RATE, detail=obstacle) if obstacle else APPLIED
 
     def _operate(self, command: leyline.AdaptationCommand, epoch: int) -> Execution:
         if self.breaker == leyline.CIRCUIT_STATE_OPEN:

@@ -240,7 +240,10 @@ class Seed:
             self.moved = any(not torch.equal(now, then) for now, then in pairs)
 
     def observe(self, loss: float, gradient_norm: float) -> None:
-        """Note a step's loss with the seed in full, and its gradient norm."""
+        """Note a step's loss with the seed in full, and its gradient norm.
+
+        A loss that is not finite is left out of the averages.
+        """
         self.gradients_finite = math.isfinite(gradient_norm)
         self.had_gradient |= self.gradients_finite and gradient_norm > 0.0
         if self.gradients_finite:
@@ -262,6 +265,8 @@ def _follow_weights(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _ewma(mean: float, value: float, weight: float) -> float:
+    if not math.isfinite(value):
+        return mean
     return value if math.isnan(mean) else mean + weight * (value - mean)
 
 

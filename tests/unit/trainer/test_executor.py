@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tamiyo_svc.client.rates import MAX_LEARNING_RATE, OptimizerRate
+from tamiyo_svc.client.seeds import SeedBank
 from tamiyo_svc.client.seeds.blending import Schedule
-from tamiyo_svc.client.seeds.executor import Execution, Refusal
+from tamiyo_svc.client.seeds.executor import CommandExecutor, Execution, Refusal
 from tamiyo_svc.client.seeds.gates import GATES, GateFailure
 from tamiyo_svc.client.seeds.lifecycle import (
     BLENDING,
@@ -25,18 +28,12 @@ from tamiyo_svc.client.seeds.lifecycle import (
     SHADOWING,
     TRAINING,
     TRANSITIONS,
-    Seed,
 )
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.trainer.blueprints import BLUEPRINTS
+from tamiyo_svc.trainer.blueprints import BLUEPRINTS, build_seed
 from tamiyo_svc.trainer.data import Samples
-from tamiyo_svc.trainer.executor import CommandExecutor
-from tamiyo_svc.trainer.learner import (
-    MAX_LEARNING_RATE,
-    MIN_LEARNING_RATE,
-    Learner,
-)
-from tamiyo_svc.trainer.network import HostNetwork
+from tamiyo_svc.trainer.learner import Learner, evaluate
+from tamiyo_svc.trainer.network import PLACES, HostNetwork
 
 torch.manual_seed(0)
 SAMPLES = Samples(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
@@ -59,10 +56,26 @@ class Run:
 
     def __init__(self, blend_steps: int = 4) -> None:
         torch.manual_seed(0)
-        self.network = HostNetwork()
-        self.seed = Seed(2, self.network.slot(2))
-        self.learner = Learner(self.network, [self.seed], 1e-3, steps=100)
-        self.executor = CommandExecutor(self.learner, SAMPLES, blend_steps, random_seed=1)
+        self.learner = Learner(HostNetwork(), 1e-3, steps=100)
+        self.network = self.learner.network
+        self.bank = SeedBank(
+            self.network,
+            {name: partial(build_seed, name) for name in BLUEPRINTS},
+            random_seed=1,
+            evaluate=lambda: evaluate(self.network, SAMPLES)[0],
+        )
+        self.seed = self.bank.attach(PLACES[-1], "seed-2")
+        self.network(SAMPLES.images)
+        self.rate = OptimizerRate(self.learner.optimizer, self.learner.scheduler)
+        self.executor = CommandExecutor(
+            self.bank.seeds,
+            self.rate,
+            blueprint_ids=self.bank.blueprints,
+            build=self.bank.build,
+            impact=self.bank.impact,
+            optimizer_ids=("adamw",),
+            blend_steps=blend_steps,
+        )
 
     def operate(self, operation: leyline.SeedOperation, **changes: Any) -> Execution:
         return self.executor.apply(seed_command(operation, **changes), epoch=2)
@@ -79,17 +92,17 @@ class Run:
         if stage not in (DORMANT, CULLED):
             self.seed.enter(stage)
             self.seed.steps_in_stage = 1000
+            if stage != GERMINATED:
+                self.teach(stage)
             self.seed.loss_fast = self.seed.loss_slow = 1.0
-            self.teach()
 
-    def teach(self) -> None:
+    def teach(self, stage: leyline.SeedLifecycleStage) -> None:
         """Train the seed until the network is better with it."""
-        for _ in range(20):
-            logits = self.network.trial(SAMPLES.images, self.seed.index)
-            torch.nn.functional.cross_entropy(logits, SAMPLES.labels).backward()  # type: ignore[no-untyped-call]
-            self.seed.observe(1.0, 1.0)
-            self.seed.learn()
-            self.network.zero_grad()
+        self.seed.stage = TRAINING
+        self.bank.follow(1e-2)
+        for _ in range(8):
+            self.bank.train_isolated(lambda: self.learner.loss(SAMPLES))
+        self.seed.stage = stage
 
 
 def seed_command(
@@ -230,18 +243,20 @@ def test_refuses_what_it_does_not_know(change: dict[str, str], refusal: Refusal)
 def test_a_learning_rate_change_is_relative_and_lasts() -> None:
     run = Run()
     assert run.executor.apply(optimizer_command(0.5), 1).refusal is None
-    assert run.learner.learning_rate == pytest.approx(1.5e-3)
+    assert run.rate.learning_rate == pytest.approx(1.5e-3)
     assert run.executor.apply(optimizer_command(-0.5, ""), 1).refusal is None
-    assert run.learner.learning_rate == pytest.approx(0.75e-3)
+    assert run.rate.learning_rate == pytest.approx(0.75e-3)
     run.learner.step(SAMPLES)
-    assert run.learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.75e-3)
+    assert run.rate.learning_rate == pytest.approx(0.75e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize(("delta", "bound"), [(1e6, MAX_LEARNING_RATE), (-5.0, MIN_LEARNING_RATE)])
-def test_the_learning_rate_stays_within_its_bounds(delta: float, bound: float) -> None:
+def test_a_learning_rate_that_stays_as_it_is_is_refused_with_the_reason() -> None:
     run = Run()
-    run.executor.apply(optimizer_command(delta), 1)
-    assert run.learner.learning_rate == pytest.approx(bound)
+    run.executor.apply(optimizer_command(1e6), 1)
+    assert run.rate.learning_rate == pytest.approx(MAX_LEARNING_RATE)
+    execution = run.executor.apply(optimizer_command(1.0), 1)
+    assert (execution.refusal, execution.detail) == (Refusal.LEARNING_RATE, "at_bound")
+    assert execution.reason == "learning_rate: at_bound"
 
 
 @pytest.mark.parametrize("delta", [math.nan, math.inf, -math.inf])
@@ -249,7 +264,7 @@ def test_a_learning_rate_that_is_no_number_is_refused(delta: float) -> None:
     run = Run()
     execution = run.executor.apply(optimizer_command(delta), 1)
     assert execution.refusal is Refusal.INVALID_PARAMETER
-    assert run.learner.learning_rate == pytest.approx(1e-3)
+    assert run.rate.learning_rate == pytest.approx(1e-3)
 
 
 def test_an_adjustment_for_another_optimizer_is_refused() -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tamiyo_svc.client.counters import ClientCounters
+from tamiyo_svc.client.packets import State, build_packet, freeze
 from tamiyo_svc.client.seeds.lifecycle import TRANSITIONS
+from tamiyo_svc.client.testing import make_optimizer_command
 from tamiyo_svc.client.verification import VerifiedCommand
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.taxonomy import AckOutcome
 from tamiyo_svc.trainer.blueprints import BLUEPRINTS
 from tamiyo_svc.trainer.loop import Trainer, TrainerSettings
 from tamiyo_svc.trainer.records import StepOutcome, StepRecord
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden.jsonl"
+GPU_ONLY = {"gpu_mem_free_gb", "gpu_util_percent"}
 
 Packet = leyline.SystemStatePacket
 Script = Callable[[Packet, tuple[str, ...]], leyline.AdaptationCommand | None]
@@ -33,13 +42,19 @@ class ScriptedSource:
         self.counters = ClientCounters()
         self.packets: list[Packet] = []
         self.blueprints: list[tuple[str, ...]] = []
+        self.reported: list[str] = []
         self._script = script
 
-    def publish_packet(self, packet: Packet, *, blueprint_ids: tuple[str, ...] = ()) -> bool:
-        self.packets.append(packet)
-        self.blueprints.append(blueprint_ids)
+    def publish(self, state: State, step: int, *, blueprint_ids: Sequence[str] = ()) -> str:
+        packet_id = f"{self.run_id}-{step}"
+        self.packets.append(
+            build_packet(
+                freeze(state), run_id=self.run_id, packet_id=packet_id, step=step, timestamp_ns=1
+            )
+        )
+        self.blueprints.append(tuple(blueprint_ids))
         self.counters.published += 1
-        return True
+        return packet_id
 
     def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None:
         packet = self.packets[-1]
@@ -54,8 +69,20 @@ class ScriptedSource:
     def poll(self) -> VerifiedCommand | None:
         return None
 
+    def ack(self, verified: VerifiedCommand, outcome: AckOutcome, reason: str = "") -> None:
+        self.reported.append(f"{outcome}: {reason}" if reason else str(outcome))
+
     def flush(self, timeout_s: float) -> bool:
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return
+
+    def close(self) -> None:
+        return
 
 
 def pause() -> leyline.AdaptationCommand:
@@ -89,7 +116,6 @@ def train(script: Script, steps: int) -> tuple[ScriptedSource, list[StepRecord],
         source,
         TrainerSettings(steps=steps, batch_size=32, blend_steps=5),
         clock=lambda: next(ticks) * 1e-3,
-        timestamp_ns=lambda: 1000 + len(source.packets),
     )
     return source, list(trainer.steps()), trainer
 
@@ -125,6 +151,41 @@ def test_goes_on_without_commands() -> None:
     assert all(record.latency_ms is None for record in records)
     assert all(seed.stage == "DORMANT" for seed in records[-1].seeds)
     assert source.packets[0].training_metrics["loss"] == pytest.approx(records[0].loss)
+
+
+def test_its_packets_have_every_metric_of_the_contract_vectors() -> None:
+    vectors = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    decoded = next(v["decoded"] for v in vectors if v["name"] == "state-0-seeds")
+    source, _, _ = train(no_command, 8)
+    assert set(decoded["training_metrics"]) - GPU_ONLY <= set(source.packets[-1].training_metrics)
+
+
+def test_says_of_each_command_what_became_of_it() -> None:
+    source, records, _ = train(next_operation, 4)
+    assert source.reported == [
+        "applied",
+        "rejected: gate: min_steps",
+        "applied",
+        "rejected: gate: min_steps",
+    ]
+    assert [record.rejection for record in records] == ["", "gate: min_steps"] * 2
+
+
+def test_a_seeds_risk_is_that_of_its_blueprint_from_when_it_germinates() -> None:
+    source, records, _ = train(next_operation, 2)
+    assert source.packets[0].seed_states[0].risk_score == 0.0
+    blueprint = BLUEPRINTS[records[0].seeds[0].blueprint_id]
+    assert source.packets[1].seed_states[0].risk_score == pytest.approx(blueprint.risk)
+
+
+def test_a_commanded_rate_lasts_to_the_end_of_the_schedule() -> None:
+    def halve_once(packet: Packet, blueprints: tuple[str, ...]) -> leyline.AdaptationCommand | None:
+        return make_optimizer_command(-0.5) if packet.global_step == 5 else None
+
+    plain, halved = train(no_command, 12)[1], train(halve_once, 12)[1]
+    for one, other in zip(plain, halved, strict=True):
+        factor = 1.0 if one.step < 5 else 0.5
+        assert other.learning_rate == pytest.approx(factor * one.learning_rate)
 
 
 def test_same_seed_and_commands_give_the_same_run() -> None:
