@@ -265,6 +265,10 @@ class StepMeter:
         self._input_wait_ms = (self._input_wait_ms or 0.0) + max(wait_ms, 0.0)
         self._batch_size += size
 
+    def pass_over(self, elapsed_s: float) -> None:
+        """Leave a time between two steps, such as a validation's, out of the one to come."""
+        self._started_s += elapsed_s
+
     def observe(
         self,
         loss: float,

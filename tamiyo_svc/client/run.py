@@ -153,7 +153,7 @@ class TamiyoRun:
                 batch = next(batches)
             except StopIteration:
                 return
-            self.meter.note_batch(1e3 * (self._clock() - started_s), _size(batch))
+            self.meter.note_batch(1e3 * (self._clock() - started_s), count_rows(batch))
             yield batch
 
     def end_step(
@@ -235,6 +235,12 @@ class TamiyoRun:
         norm = self._look_at_gradients(parameters)
         return None if norm is None else norm / self._scale.of_gradients(self.rate.optimizer)
 
+    def restart(self) -> None:
+        """Measure anew, for a training that begins after another ended or was broken off."""
+        self.meter = StepMeter(enrich=self.settings.enrich, clock=self._clock)
+        self._conflict = ConflictMeter()
+        self._looked_at_gradients = False
+
     def state_dict(self) -> dict[str, Any]:
         """The client's and the seeds' state, for a checkpoint.
 
@@ -259,7 +265,7 @@ class TamiyoRun:
             return _number(loss)
         # Such as a loss of several elements.
         except (TypeError, ValueError, RuntimeError) as error:
-            self._complain("reading the loss", error)
+            self.complain("reading the loss", error)
             return None
 
     def _train_seeds(
@@ -276,13 +282,13 @@ class TamiyoRun:
                 with self.meter.aside("isolated_pass_ms"):
                     self.bank.train_isolated(isolated_loss, scale=scale)
         except Exception as error:
-            self._complain("training seeds", error)
+            self.complain("training seeds", error)
 
     def _describe_seeds(self, epoch: int) -> Sequence[leyline.SeedState]:
         try:
             return self.bank.states(epoch) if self.bank else ()
         except Exception as error:
-            self._complain("describing seeds", error)
+            self.complain("describing seeds", error)
             return ()
 
     def _impact(self, seed: Seed) -> Any:
@@ -302,7 +308,7 @@ class TamiyoRun:
             return total_norm(gradients)
         # There are many kinds of gradients, and training goes on without their norm.
         except Exception as error:
-            self._complain("measuring gradients", error)
+            self.complain("measuring gradients", error)
             return None
 
     def _measure(
@@ -340,7 +346,7 @@ class TamiyoRun:
             )
         # What cannot be measured, such as a foreign optimizer's rate, must not end training.
         except Exception as error:
-            self._complain("measuring", error)
+            self.complain("measuring", error)
             return {"loss": loss}
 
     def _apply(self, verified: VerifiedCommand | None, epoch: int) -> StepEnd:
@@ -353,7 +359,7 @@ class TamiyoRun:
                 reason = execution.reason
             # A guest's error must not end its host's training; it is reported instead.
             except Exception as error:
-                self._complain("applying command", error)
+                self.complain("applying command", error)
                 execution, reason = PAUSED, f"failed: {error}"
             outcome = AckOutcome.REJECTED if reason else AckOutcome.APPLIED
             ended = StepEnd(verified, outcome, reason)
@@ -404,7 +410,7 @@ class TamiyoRun:
         _LOG.warning(message, *values)
         return True
 
-    def _complain(self, about: str, error: Exception) -> None:
+    def complain(self, about: str, error: Exception) -> None:
         """Log each kind of error once, as it may come back with every step."""
         kind = (about, type(error))
         if kind not in self._complaints:
@@ -416,14 +422,14 @@ def _number(value: float | Tensor | None) -> float | None:
     return None if value is None else float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def _size(batch: Any) -> int:
+def count_rows(batch: Any) -> int:
     """The length of the first tensor in a batch, 0 if none is found."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 0
     parts = batch.values() if isinstance(batch, Mapping) else batch
     if not isinstance(batch, Mapping | list | tuple):
         return 0
-    return next((size for part in parts if (size := _size(part))), 0)
+    return next((size for part in parts if (size := count_rows(part))), 0)
 
 
 def _no_build(_: Any, blueprint_id: str) -> nn.Module:

@@ -213,3 +213,14 @@ def test_the_hardware_says_what_trains_and_how_much_memory_there_is() -> None:
     assert 0.0 <= hardware["utilization_percent"] <= 100.0
     assert 0.0 < hardware["available_memory_gb"] <= hardware["total_memory_gb"]
     assert StepMeter(enrich=False).hardware is None
+
+
+def test_a_time_between_steps_is_left_out_of_the_next() -> None:
+    clock = FakeClock()
+    meter = StepMeter(clock=clock)
+    for _ in range(2):
+        clock.now_s += 60.0
+        meter.pass_over(59.9)
+        meter.begin_hook()
+        meter.end_hook()
+    assert meter.observe(1.0)["step_latency_ms"] == pytest.approx(100.0)
