@@ -216,13 +216,3 @@ def test_a_transformers_steps_loss_is_the_same_in_one_batch_and_in_several(tmp_p
         losses.append([packet.training_loss for packet in service.packets])
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
-
-
-def test_transformers_steps_whose_loss_cannot_be_seen_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    service = FakeService()
-    _, ended = transformers_train(service.client(), tmp_path, label_smoothing_factor=0.1)
-    assert service.packets == []
-    assert ended == [StepEnd()] * STEPS
-    assert caplog.text.count("without a loss") == 1
