@@ -489,7 +489,10 @@ def test_another_training_with_the_same_client_is_not_taken_for_the_first(tmp_pa
 
     service = FakeService()
     client = service.client()
-    options = {"others": [Interrupts("on_step_end")], "gradient_accumulation_steps": 2}
+    options: dict[str, Any] = {
+        "others": [Interrupts("on_step_end")],
+        "gradient_accumulation_steps": 2,
+    }
     first = TamiyoCallback(client, settings=WAITING)
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, first, Regression(), **options).train()
