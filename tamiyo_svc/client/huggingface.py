@@ -133,10 +133,11 @@ class TamiyoCallback(RunCallback, TrainerCallback):  # type: ignore[misc]
         watch = self._watch
         if watch is None:
             return
-        loss, norm = read_together([watch.loss, watch.norm], watch.average)
-        evaluated, self._evaluated = self._evaluated, {}
-        rows, inputs = watch.rows * args.world_size, watch.inputs
+        values, inputs = [watch.loss, watch.norm], watch.inputs
+        rows = watch.rows * args.world_size
         watch.clear()
+        evaluated, self._evaluated = self._evaluated, {}
+        loss, norm = read_together(values, watch.average)
         model: nn.Module = kwargs["model"]
         self._end_step(
             state.global_step,

@@ -161,12 +161,13 @@ class TamiyoCallback(RunCallback, Callback):  # type: ignore[misc]
         self._left_s = time.perf_counter()
 
     def _finish_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        (mean,) = read_together([self._mean_loss()], _average(trainer))
+        loss = self._mean_loss()
         norms = [norm for norm in self._norms.values() if norm is not None]
         validation_loss, validation_accuracy = self._validation
         rows = self._rows * _replicas(trainer)
         self._losses, self._backward_losses, self._norms, self._rows = [], [], {}, 0
         self._validation = (None, None)
+        (mean,) = read_together([loss], _average(trainer))
         isolated = self._isolated_loss
 
         def isolated_loss() -> Tensor:
@@ -235,8 +236,8 @@ class TamiyoCallback(RunCallback, Callback):  # type: ignore[misc]
         # Lightning takes a good part of a millisecond for each value, so none is logged in vain:
         # what it does not write would be replaced by the next, and a stage stays for the epoch.
         connector = getattr(trainer, "_logger_connector", None)
-        if trainer.loggers and getattr(connector, "should_update_logs", True):
-            pl_module.log_dict(self._log_values(), logger=True, **options)
+        if getattr(connector, "should_update_logs", True):
+            pl_module.log_dict(self._log_values(), logger=bool(trainer.loggers), **options)
         stages = {seed.seed_id: float(seed.stage) for seed in self._seeds()}
         shown = (trainer.current_epoch, stages)
         if trainer.progress_bar_callback is not None and shown != self._shown:
