@@ -278,7 +278,9 @@ class TamiyoRun:
             if self.rate.optimizer is not None:
                 self.bank.follow(self.rate.learning_rate)
             self.bank.step(loss, scale=scale)
-            if isolated_loss is not None and self.bank.wants_isolated_pass:
+            if isolated_loss is None and self.bank.wants_isolated_pass:
+                self._say("isolated", "a seed is to train in isolation, which needs isolated_loss")
+            elif isolated_loss is not None and self.bank.wants_isolated_pass:
                 with self.meter.aside("isolated_pass_ms"):
                     self.bank.train_isolated(isolated_loss, scale=scale)
         except Exception as error:
