@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+
+MAX_NAME_CHARACTERS: Final = 128
+"""A blueprint's id goes into annotations, telemetry and logs of every decision about it."""
+
+# Not 0, which would say that it is harmless; half of where `blueprint_risk` fires by default.
+_NEUTRAL_RISK: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,3 +53,27 @@ class Blueprint:
         if self.bsds is not None:
             handling = self.bsds.handling_class
         return self.descriptor.quarantine_only or handling == leyline.HANDLING_CLASS_QUARANTINE
+
+
+def is_name(text: str) -> bool:
+    """Whether a trainer can ask for a blueprint by this id.
+
+    It asks with a list separated by commas, whose parts lose the spaces around them.
+    """
+    return (
+        0 < len(text) <= MAX_NAME_CHARACTERS
+        and text.isprintable()
+        and text == text.strip()
+        and "," not in text
+    )
+
+
+def neutral_descriptor(blueprint_id: str) -> leyline.BlueprintDescriptor:
+    """A descriptor that says no more than that there is such a blueprint and that it blends."""
+    bounds = leyline.BlueprintParameterBounds(min_value=0.0, max_value=1.0)
+    return leyline.BlueprintDescriptor(
+        blueprint_id=blueprint_id,
+        name=blueprint_id,
+        allowed_parameters={"alpha": bounds},
+        risk=_NEUTRAL_RISK,
+    )

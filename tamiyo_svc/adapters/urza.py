@@ -1,10 +1,13 @@
-"""Urza's blueprint catalogue as an in-memory snapshot, refreshed off the step path."""
+"""Urza's blueprint catalogue as an in-memory snapshot, refreshed off the step path.
+
+Where no catalogue is configured, a blueprint that a trainer asks for by name is taken as it is.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -13,16 +16,23 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+import structlog
+
 from tamiyo_svc.adapters.blueprint_rows import MAX_ROW_BYTES, parse_blueprint
-from tamiyo_svc.catalog import Blueprint
+from tamiyo_svc.catalog import MAX_NAME_CHARACTERS, Blueprint, is_name, neutral_descriptor
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import Event
+
+log = structlog.get_logger("tamiyo.catalog")
 
 _URL_PREFIX: Final = "sqlite:///"
 _LOCK_WAIT_S: Final = 0.1
 _RETRY_S: Final = 0.5
 """How soon a catalogue that could not be read is tried again."""
+
+_MAX_OFFERED: Final = 256
+"""Blueprints known by name alone that are remembered; what is forgotten is made again, the same."""
 
 _SELECT: Final = "SELECT blueprint_id, metadata_json FROM blueprints"
 
@@ -76,6 +86,10 @@ class UrzaCatalog:
 
     A file that is missing, locked, truncated or otherwise unreadable leaves the last snapshot in
     place; `on_event` hears once that the catalogue degraded and once that it recovered.
+
+    With `optional` there need be no file. Until one is there, the catalogue is absent, which is
+    no degradation, and what a trainer asks for by name is taken with neutral metadata. A file
+    that was there once is a catalogue for good: its loss must not admit what it did not list.
     """
 
     def __init__(
@@ -83,6 +97,8 @@ class UrzaCatalog:
         url: str,
         refresh_s: float,
         on_event: Callable[[Event, Mapping[str, str]], None] = lambda event, attributes: None,
+        *,
+        optional: bool = False,
     ) -> None:
         self._path = catalog_path(url)
         self._refresh_s = refresh_s
@@ -90,9 +106,12 @@ class UrzaCatalog:
         self._rows: _Rows = {}
         self._sheets: dict[str, leyline.BSDS] = {}
         self._stamp: _Stamp | None = None
+        self._offered: OrderedDict[str, Blueprint] = OrderedDict()
+        self._refused_name = False
         self._changed = asyncio.Event()
         # Its own threads: a file system that hangs must not hold up anything else.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tamiyo-catalog")
+        self.absent = optional
         self.degraded: str | None = None
         self.snapshot = CatalogSnapshot()
 
@@ -113,6 +132,21 @@ class UrzaCatalog:
         self._stamp = None
         self._changed.set()
 
+    def candidates(
+        self, requested: Sequence[str], packet_id: str, run_id: str, limit: int
+    ) -> tuple[Blueprint, ...]:
+        """The blueprints one decision chooses from, at most `limit`."""
+        if not self.absent:
+            return self.snapshot.candidates(requested, packet_id, run_id, limit)
+        names = [name for name in dict.fromkeys(requested) if self._is_acceptable(name)]
+        return tuple(self._offer(name) for name in names[:limit])
+
+    def missing(self, requested: Sequence[str]) -> list[str]:
+        """The ids that the file may have and the snapshot does not."""
+        if self.absent:
+            return []
+        return [name for name in requested if name not in self.snapshot.blueprints]
+
     def add_sheets(self, sheets: Iterable[leyline.BSDS]) -> None:
         """Take safety sheets from the bus; each counts unless a newer one is known."""
         changed = False
@@ -131,9 +165,15 @@ class UrzaCatalog:
             found, rows = await asyncio.get_running_loop().run_in_executor(
                 self._threads, _read, self._path, stamp, known
             )
+        except FileNotFoundError as error:
+            if not self.absent:
+                self._degrade(f"{type(error).__name__}: {error}")
+            return
         except (sqlite3.Error, OSError) as error:
+            self.absent = False
             self._degrade(f"{type(error).__name__}: {error}")
             return
+        self.absent = False
         # A change that was announced meanwhile must be read again.
         if self._stamp == stamp:
             self._stamp = found
@@ -172,13 +212,28 @@ class UrzaCatalog:
         self.degraded = reason
 
     def _publish(self) -> None:
-        skipped: Counter[str] = Counter()
-        blueprints = []
-        for row in self._rows.values():
-            skipped.update(row.skipped)
-            if row.blueprint is not None:
-                blueprints.append(self._with_newest_sheet(row.blueprint))
-        self.snapshot = CatalogSnapshot.of(blueprints, skipped)
+        self.snapshot = _snapshot(self._rows, self._with_newest_sheet)
+
+    def _is_acceptable(self, name: str) -> bool:
+        acceptable = is_name(name)
+        if not acceptable and not self._refused_name:
+            self._refused_name = True
+            log.warning("catalog.name_refused", name=name[:MAX_NAME_CHARACTERS])
+        return acceptable
+
+    def _offer(self, name: str) -> Blueprint:
+        """A blueprint of which nothing is known but its name and, if there is one, its sheet.
+
+        It stays the same object until its sheet changes, because graphs are cached by it.
+        """
+        sheet = self._sheets.get(name)
+        blueprint = self._offered.get(name)
+        if blueprint is None or blueprint.bsds is not sheet:
+            blueprint = self._offered[name] = Blueprint(neutral_descriptor(name), sheet)
+            if len(self._offered) > _MAX_OFFERED:
+                self._offered.popitem(last=False)
+        self._offered.move_to_end(name)
+        return blueprint
 
     def _with_newest_sheet(self, blueprint: Blueprint) -> Blueprint:
         """The blueprint with the sheet of the bus, unless its own is newer.
@@ -199,6 +254,16 @@ class UrzaCatalog:
         return replace(blueprint, bsds=sheet)
 
 
+def read_catalog(path: Path) -> CatalogSnapshot:
+    """What is in a catalogue file.
+
+    Raises:
+        sqlite3.Error, OSError: it cannot be read.
+    """
+    _, rows = _read(path, None, {})
+    return _snapshot(rows or {})
+
+
 def catalog_path(url: str) -> Path:
     """The file an `URZA_DATABASE_URL` names.
 
@@ -211,6 +276,18 @@ def catalog_path(url: str) -> Path:
             "sqlite:////absolute/path"
         )
     return Path(url.removeprefix(_URL_PREFIX))
+
+
+def _snapshot(
+    rows: _Rows, completed: Callable[[Blueprint], Blueprint] = lambda blueprint: blueprint
+) -> CatalogSnapshot:
+    skipped: Counter[str] = Counter()
+    blueprints = []
+    for row in rows.values():
+        skipped.update(row.skipped)
+        if row.blueprint is not None:
+            blueprints.append(completed(row.blueprint))
+    return CatalogSnapshot.of(blueprints, skipped)
 
 
 def _issued_ns(sheet: leyline.BSDS) -> int:

@@ -76,7 +76,7 @@ def examine(
     local = [
         check_secret(settings),
         check_policy(settings.policy),
-        check_catalog(settings.catalog_path),
+        check_catalog(settings.catalog_path, optional=settings.catalog_is_optional),
         check_http(settings.http_host, settings.http_port),
         check_state_dir(settings.state_dir),
     ]
@@ -256,21 +256,23 @@ def check_policy(policy: str | None) -> Check:
     return Check("policy", Status.OK, policy)
 
 
-def check_catalog(path: Path) -> Check:
+def check_catalog(path: Path, *, optional: bool = False) -> Check:
     """The blueprint catalogue can be read; the service runs without one."""
     if not path.exists():
-        return Check(
-            "catalogue",
-            Status.WARNING,
-            f"{path}: no such file, so no blueprints",
-            "point URZA_DATABASE_URL at the catalogue if there is one",
-        )
+        detail = f"{path}: no such file, so no blueprints"
+        if optional:
+            detail = "none is configured, so blueprints that trainers name are used as they are"
+        mend = f"make one with `tamiyo catalog init {path}`, or point URZA_DATABASE_URL at one"
+        return Check("catalogue", Status.WARNING, detail, mend)
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             (count,) = database.execute("SELECT count(*) FROM blueprints").fetchone()
     except sqlite3.Error as error:
         mend = "point URZA_DATABASE_URL at a readable SQLite file with a table `blueprints`"
         return Check("catalogue", Status.FAILED, f"{path}: {error}", mend)
+    if not count:
+        mend = f"add to it with `tamiyo catalog add {path} BLUEPRINT_ID`"
+        return Check("catalogue", Status.WARNING, f"{path}: no blueprints", mend)
     return Check("catalogue", Status.OK, f"{path}: {count} blueprint{'s' * (count != 1)}")
 
 

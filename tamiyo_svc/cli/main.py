@@ -12,6 +12,7 @@ import typer
 
 from tamiyo_svc import __version__
 from tamiyo_svc.cli.bus_commands import register
+from tamiyo_svc.cli.catalog_commands import catalog_app
 from tamiyo_svc.cli.options import (
     AsJson,
     Assignments,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The settings and where they come from.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(catalog_app, name="catalog")
 app.add_typer(policy_app, name="policy")
 app.add_typer(keys_app, name="keys")
 

@@ -273,15 +273,15 @@ class PacketPath:
         )
 
     def _candidates(self, received: Received) -> tuple[Blueprint, ...]:
-        """What the snapshot offers; what it lacks is looked up for the run's next packet."""
+        """What the catalogue offers; what it lacks is looked up for the run's next packet."""
         limit = self._options.blueprint_candidates
-        snapshot = self._catalog.snapshot
         names = received.attributes.get(_BLUEPRINTS, "").split(",")
         requested = [name.strip() for name in names if name.strip()]
-        missing = [name for name in requested if name not in snapshot.blueprints]
-        if missing:
+        if missing := self._catalog.missing(requested):
             self._fetches.start(received.run_id, missing[:limit])
-        return snapshot.candidates(requested, received.packet.packet_id, received.run_id, limit)
+        return self._catalog.candidates(
+            requested, received.packet.packet_id, received.run_id, limit
+        )
 
     async def _propose(
         self, received: Received, state: RunState, blueprints: tuple[Blueprint, ...]

@@ -141,6 +141,12 @@ class Service:
                         consumer=self._settings.consumer_name,
                         blueprints=len(self._catalog.snapshot.blueprints),
                     )
+                    if self._catalog.absent:
+                        log.info(
+                            "catalog.absent",
+                            detail="no catalogue is configured: blueprints that trainers name are "
+                            "used as they are (`tamiyo catalog init` makes a catalogue)",
+                        )
                     on_ready()
                 await stop.wait()
                 self._draining = True

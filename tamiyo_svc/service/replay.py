@@ -202,7 +202,11 @@ async def _offline(settings: Settings, clock: _RecordedClock) -> AsyncIterator[_
         operator_conservative=settings.conservative_mode,
         policy_untrained=policy.untrained,
     )
-    catalog = UrzaCatalog(settings.urza_database_url, settings.metadata_refresh_s)
+    catalog = UrzaCatalog(
+        settings.urza_database_url,
+        settings.metadata_refresh_s,
+        optional=settings.catalog_is_optional,
+    )
     keyring = settings.keyring() if settings.secret is not None else None
     metrics = Metrics(settings.input_streams)
     limits = graph_limits(settings)

@@ -147,6 +147,11 @@ class Settings(SettingsTable):
         """File of the blueprint catalogue, whether it exists or not."""
         return Path(self.urza_database_url.removeprefix(_SQLITE_PREFIX))
 
+    @property
+    def catalog_is_optional(self) -> bool:
+        """Whether nobody named a catalogue, so that there need not be one."""
+        return "urza_database_url" not in self.model_fields_set
+
 
 VARIABLES: Final[tuple[Variable, ...]] = describe(Settings)
 """Every setting, in the order of its definition."""

@@ -344,7 +344,8 @@ class SettingsTable(BaseSettings):
     urza_database_url: str = _graph(
         "URZA_DATABASE_URL",
         "sqlite:///./var/urza/catalog.db",
-        "The blueprint catalogue, only read; without the file there is no catalogue.",
+        "The blueprint catalogue, only read. While this is not set and there is no such file, "
+        "blueprints that trainers name are used as they are.",
         takes="a sqlite:///<path> URL",
         pattern=r"^sqlite:///[^?]+$",
     )

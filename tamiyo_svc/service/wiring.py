@@ -234,6 +234,7 @@ def _make_mind(settings: Settings, metrics: Metrics, wrap_worker: WrapWorker) ->
         settings.urza_database_url,
         settings.metadata_refresh_s,
         lambda event, attributes: replica.report(FiredEvent(event, Severity.WARNING, attributes)),
+        optional=settings.catalog_is_optional,
     )
     limits = graph_limits(settings)
 

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sqlite3
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from google.protobuf import json_format
 from torch import Tensor, nn
 
+from tamiyo_svc.catalog_file import Row, catalog_row, write_rows
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.taxonomy import BLENDING_METHODS
+from tamiyo_svc.trainer.description import ALPHA_BOUNDS, describe_module
 
-_TABLE: Final = """
-CREATE TABLE blueprints (
-    blueprint_id VARCHAR NOT NULL,
-    name VARCHAR NOT NULL,
-    tier VARCHAR NOT NULL,
-    artifact_path VARCHAR NOT NULL,
-    metadata_json TEXT NOT NULL,
-    PRIMARY KEY (blueprint_id)
-)
-"""
 _DESCRIBED_CHANNELS: Final = 24
-_ALPHA_BOUNDS: Final = (0.0, 1.0)
 
 
 class SqueezeExcite(nn.Module):
@@ -138,19 +123,11 @@ def build_seed(blueprint_id: str, channels: int) -> nn.Sequential:
 
 def write_catalog(path: Path) -> None:
     """Write the blueprints as an Urza catalogue (SQLite), replacing the file as a whole."""
-    staged = path.with_suffix(path.suffix + ".new")
-    staged.unlink(missing_ok=True)
-    with closing(sqlite3.connect(staged)) as database, database:
-        database.execute(_TABLE)
-        database.executemany(
-            "INSERT INTO blueprints VALUES (?, ?, ?, ?, ?)",
-            [_row(blueprint) for blueprint in BLUEPRINTS.values()],
-        )
-    os.replace(staged, path)
+    write_rows(path, [_row(blueprint) for blueprint in BLUEPRINTS.values()])
 
 
-def _row(blueprint: SeedBlueprint) -> tuple[str, str, str, str, str]:
-    low, high = _ALPHA_BOUNDS
+def _row(blueprint: SeedBlueprint) -> Row:
+    low, high = ALPHA_BOUNDS
     descriptor = leyline.BlueprintDescriptor(
         blueprint_id=blueprint.blueprint_id,
         name=blueprint.blueprint_id.upper(),
@@ -162,33 +139,7 @@ def _row(blueprint: SeedBlueprint) -> tuple[str, str, str, str, str]:
         stage=blueprint.stage,
         description=blueprint.description,
     )
-    document = json_format.MessageToDict(descriptor, preserving_proto_field_name=True)
-    document["_urza"] = {
-        "guard_digest": None,
-        "prewarm_samples": [],
-        "graph_metadata": graph_metadata(blueprint),
-        "tags": ["cnn", "seed"],
-    }
-    return (
-        blueprint.blueprint_id,
-        descriptor.name,
-        leyline.BlueprintTier.Name(blueprint.tier),
-        f"artifacts/{blueprint.blueprint_id}.pt",
-        json.dumps(document, separators=(",", ":")),
-    )
-
-
-_LAYER_TYPES: Final[Mapping[type[nn.Module], str]] = {
-    nn.Conv2d: "conv2d",
-    nn.GroupNorm: "group_norm",
-    nn.Linear: "linear",
-}
-_ACTIVATIONS: Final[Mapping[type[nn.Module], tuple[str, float]]] = {
-    nn.ReLU: ("relu", 0.5),
-    nn.GELU: ("gelu", 0.6),
-    nn.Sigmoid: ("sigmoid", 0.8),
-}
-"""Name and a nominal strength of the nonlinearity."""
+    return catalog_row(descriptor, graph_metadata(blueprint), ("cnn", "seed"))
 
 
 def graph_metadata(blueprint: SeedBlueprint) -> dict[str, Any]:
@@ -196,49 +147,4 @@ def graph_metadata(blueprint: SeedBlueprint) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = build_seed(blueprint.blueprint_id, _DESCRIBED_CHANNELS)
-    leaves = [leaf for leaf in module.modules() if not list(leaf.children())]
-    layers: list[dict[str, Any]] = []
-    activations: list[dict[str, Any]] = []
-    for leaf in leaves:
-        if type(leaf) in _ACTIVATIONS:
-            name, strength = _ACTIVATIONS[type(leaf)]
-            activations.append(
-                {
-                    "activation_id": f"{blueprint.blueprint_id}-A{len(activations)}",
-                    "type": name,
-                    "nonlinearity_strength": strength,
-                    "computational_cost": float(_DESCRIBED_CHANNELS),
-                }
-            )
-            if layers:
-                layers[-1]["activation"] = name
-        else:
-            layers.append(_layer(blueprint, leaf, len(layers)))
-    low, high = _ALPHA_BOUNDS
-    return {
-        "schema_version": "v1",
-        "layers": layers,
-        "activations": activations,
-        "parameters": [
-            {"name": "alpha", "min": low, "max": high, "span": high - low, "default": low}
-        ],
-        "capabilities": {"allowed_blending_methods": list(BLENDING_METHODS)},
-        "adjacency": {"layer": [[depth, depth + 1] for depth in range(len(layers) - 1)]},
-    }
-
-
-def _layer(blueprint: SeedBlueprint, leaf: nn.Module, depth: int) -> dict[str, Any]:
-    weights = torch.cat([parameter.detach().flatten() for parameter in leaf.parameters()])
-    described: dict[str, Any] = {
-        "layer_id": f"{blueprint.blueprint_id}-L{depth}",
-        "type": _LAYER_TYPES[type(leaf)],
-        "depth": depth,
-        "parameter_count": weights.numel(),
-        "dropout_rate": 0.0,
-        "weight_norm": round(float(weights.norm()), 4),
-    }
-    if isinstance(leaf, nn.Conv2d):
-        described["output_channels"] = leaf.out_channels
-    elif isinstance(leaf, nn.Linear):
-        described["output_channels"] = leaf.out_features
-    return described
+    return describe_module(blueprint.blueprint_id, module, _DESCRIBED_CHANNELS)

@@ -28,6 +28,8 @@ async def bus(redis_url: str) -> AsyncIterator[Bus]:
 async def start_service(redis_url: str, tmp_path: Path) -> AsyncIterator[StartService]:
     """Starts services with the sample catalogue, the small policy and a roomy budget.
 
+    An override of None leaves the setting as it is without one.
+
     The budget is for machines that are busy with other tests; tests about it set their own.
     """
     async with AsyncExitStack() as stack:
@@ -50,21 +52,22 @@ async def start_service(redis_url: str, tmp_path: Path) -> AsyncIterator[StartSe
         async def start(
             wrap_worker: WrapWorker = lambda worker: worker, **overrides: object
         ) -> Running:
+            given = {
+                "redis_url": redis_url,
+                "secret": SECRET,
+                "policy": "bootstrap",
+                "urza_database_url": f"sqlite:///{CATALOG}",
+                "state_dir": tmp_path,
+                "http_host": "127.0.0.1",
+                "http_port": 0,
+                "block_ms": 100,
+                "cpu_engine": "eager",
+                "step_timeout_ms": 2000.0,
+                "state_max_age_ms": 20_000,
+                **overrides,
+            }
             settings = Settings(
-                **{
-                    "redis_url": redis_url,
-                    "secret": SECRET,
-                    "policy": "bootstrap",
-                    "urza_database_url": f"sqlite:///{CATALOG}",
-                    "state_dir": tmp_path,
-                    "http_host": "127.0.0.1",
-                    "http_port": 0,
-                    "block_ms": 100,
-                    "cpu_engine": "eager",
-                    "step_timeout_ms": 2000.0,
-                    "state_max_age_ms": 20_000,
-                    **overrides,
-                }  # type: ignore[arg-type]
+                **{name: value for name, value in given.items() if value is not None}  # type: ignore[arg-type]
             )
             return await stack.enter_async_context(run(settings, wrap_worker))
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.catalogs import copy_sample, descriptor, locked, write_rows
 
 from tamiyo_svc.adapters.urza import UrzaCatalog, catalog_path
+from tamiyo_svc.catalog import is_name
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import Event
@@ -20,10 +23,13 @@ DEGRADED, RECOVERED = Event.CATALOG_DEGRADED, Event.CATALOG_RECOVERED
 class Watched(UrzaCatalog):
     """A catalogue that keeps its events."""
 
-    def __init__(self, path: Path, refresh_s: float = 600.0) -> None:
+    def __init__(self, path: Path, refresh_s: float = 600.0, *, optional: bool = False) -> None:
         self.events: list[Event] = []
         super().__init__(
-            f"sqlite:///{path}", refresh_s, lambda event, attributes: self.events.append(event)
+            f"sqlite:///{path}",
+            refresh_s,
+            lambda event, attributes: self.events.append(event),
+            optional=optional,
         )
 
 
@@ -216,3 +222,57 @@ async def test_an_announced_change_is_read_at_once_whatever_the_interval(path: P
 def test_another_kind_of_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="URZA_DATABASE_URL"):
         catalog_path(url)
+
+
+async def test_without_a_file_names_are_taken_as_they_are(tmp_path: Path) -> None:
+    catalog = Watched(tmp_path / "none.db", optional=True)
+    await catalog.refresh()
+    assert catalog.absent
+    assert catalog.events == []
+    assert catalog.missing(["mine"]) == []
+    offered = catalog.candidates(["mine", "other", "mine"], "packet", "run", 8)
+    assert [one.blueprint_id for one in offered] == ["mine", "other"]
+    assert catalog.candidates([], "packet", "run", 8) == ()
+    assert len(catalog.candidates([str(number) for number in range(50)], "", "", 3)) == 3
+
+
+async def test_a_name_stays_the_same_object_until_its_sheet_changes(tmp_path: Path) -> None:
+    catalog = Watched(tmp_path / "none.db", optional=True)
+    (before,) = catalog.candidates(["mine"], "", "", 8)
+    assert catalog.candidates(["mine"], "", "", 8) == (before,)
+    newest = sheet("mine", leyline.HAZARD_BAND_HIGH, 100)
+    catalog.add_sheets([newest])
+    (after,) = catalog.candidates(["mine"], "", "", 8)
+    assert after.bsds is newest
+    assert catalog.candidates(["mine"], "", "", 8) == (after,)
+
+
+async def test_a_name_that_was_forgotten_means_the_same_again(tmp_path: Path) -> None:
+    catalog = Watched(tmp_path / "none.db", optional=True)
+    (before,) = catalog.candidates(["mine"], "", "", 8)
+    for number in range(1000):
+        catalog.candidates([f"name-{number}"], "", "", 8)
+    (after,) = catalog.candidates(["mine"], "", "", 8)
+    assert after is not before
+    assert (after.descriptor, after.bsds) == (before.descriptor, before.bsds)
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, empty, overwrite])
+async def test_a_catalogue_that_was_there_once_admits_no_other_name_for_good(
+    path: Path, damage: Callable[[Path], None]
+) -> None:
+    catalog = Watched(path, optional=True)
+    await catalog.refresh()
+    damage(path)
+    await catalog.refresh()
+    assert catalog.events == [DEGRADED]
+    assert catalog.candidates(["mine"], "", "", 8) == ()
+    assert catalog.missing(["mine"]) == ["mine"]
+
+
+@given(st.text())
+def test_a_name_survives_the_list_it_is_sent_in(name: str) -> None:
+    assert not is_name(name) or [part.strip() for part in f"{name},other".split(",")] == [
+        name,
+        "other",
+    ]
