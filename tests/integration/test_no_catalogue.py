@@ -32,6 +32,10 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def remove(path: Path) -> None:
+    path.unlink()
+
+
 async def answer(bus: Bus, step: int, names: str = "", run_id: str = "run-1") -> Any:
     packet = state_packet(run_id, step)
     await bus.publish(packet, **({"blueprint_id": names} if names else {}))
@@ -158,7 +162,7 @@ async def test_a_catalogue_that_appears_lists_what_there_is_for_good(
 
     await bus.until(refused)
     assert (await answer(bus, 1, "demo-safe", "run-2")).command_type == SEED
-    DEFAULT_PATH.unlink()
+    remove(DEFAULT_PATH)
 
     async def degraded() -> bool:
         return "catalog_degraded" in await events(bus)

@@ -179,5 +179,5 @@ def test_what_is_no_catalogue_is_said_to_be_none(
 def test_a_file_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
-    with pytest.raises(ConfigurationError, match="catalog.db: "):
+    with pytest.raises(ConfigurationError, match=r"catalog\.db: "):
         run("init", blocked / "catalog.db")
