@@ -1,4 +1,4 @@
-"""Every example runs as its README says and grows its seed for good."""
+"""Every example runs with what its README asks for, and grows its seed for good."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from packages.plain import example_needs, hidden_beside
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS = {"lightning_trainer": "lightning", "huggingface_trainer": "transformers"}
+WALL = Path(__file__).parents[1] / "packages" / "wall.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def behind_a_wall(name: str) -> tuple[str, ...]:
+    """The arguments of Python that run an example with nothing but what it needs."""
+    return (str(WALL), hidden_beside(*example_needs()[name]), f"examples/{name}.py")
 
 
 def run(*command: str) -> str:
@@ -34,15 +40,18 @@ def run(*command: str) -> str:
     [("plain_pytorch", 120), ("lightning_trainer", 120), ("huggingface_trainer", 80)],
 )
 def test_example_grows_a_seed(name: str, steps: int) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
-    printed = run(f"examples/{name}.py", "--steps", str(steps))
+    printed = run(*behind_a_wall(name), "--steps", str(steps))
     assert f"of {steps} packets answered in time" in printed
     assert "seed stage FOSSILIZED, alpha 1.00" in printed
 
 
+def test_every_example_says_what_it_needs() -> None:
+    files = {path.stem for path in EXAMPLES.glob("*.py")} - {"connection"}
+    assert set(example_needs()) == files
+
+
 def test_the_data_parallel_example_ends_with_equal_weights() -> None:
-    printed = run(*TORCHRUN, "2", "examples/data_parallel.py", "--steps", "80")
+    printed = run(*TORCHRUN, "2", *behind_a_wall("data_parallel"), "--steps", "80")
     lines = dict(line.split(": ", 1) for line in printed.splitlines() if line.startswith("rank"))
     assert set(lines) == {"rank 0", "rank 1"}
     assert lines["rank 0"] == lines["rank 1"]

@@ -21,7 +21,7 @@ from tamiyo_svc.adapters.embedded import EmbeddedRedis
 TORCH: Final = ("2.4.0", "2.6.0", "2.10.0", "2.13.0")
 PAIRS: Final = (("5.29.*", "5.0.*"), ("6.33.*", "6.4.*"), ("7.*", "8.*"))
 PROTOBUF: Final = ("5.26.*", "5.29.*", "6.33.*", "7.*")
-REDIS: Final = ("5.0.0", "5.2.*", "5.3.*", "6.4.*", "7.*", "8.*")
+REDIS: Final = ("5.0.2", "5.2.*", "5.3.*", "6.4.*", "7.*", "8.*")
 PROBE: Final = Path(__file__).with_name("probe.py")
 
 

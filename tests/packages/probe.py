@@ -44,7 +44,8 @@ def ask(client: TamiyoClient, steps: int) -> None:
             assert verified is not None, client.counters
             client.ack(verified, AckOutcome.APPLIED)
             assert verified.command.annotations["step_index"] == str(step)
-    assert client.counters.received == steps
+    counters = client.counters
+    assert (counters.received, counters.bus_errors, counters.faults) == (steps, 0, 0), counters
 
 
 def use_the_fake_service() -> None:
