@@ -11,24 +11,15 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from support.served_process import (
-    SECRET,
-    START_TIMEOUT_S,
-    ServiceProcess,
-    command_for,
-    free_port,
-    serve,
-    started,
-    until,
-)
+from support.pages import DOCS, ROOT, commands, serve_as_written, shell
+from support.served_process import SECRET, command_for, serve, until
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.client import State, from_environment
+from tamiyo_svc.client.seeds.blueprints import BLUEPRINTS
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 SHOWN = {
     "operator-guide.md": (
         "redis",
@@ -37,18 +28,11 @@ SHOWN = {
         "run-1",
         "policy_untrained",
         "missing_signature",
+        "my-adapter",
     ),
     "getting-started.md": ("tamiyo ", "packets answered in time", "oona.normal", "plain-1"),
 }
 """What the output of a page's commands must contain."""
-
-
-def commands(page: Path) -> list[str]:
-    """The commands of a page, one a line, in order."""
-    blocks = re.findall(r"^```console\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines()]
-    assert all(line.startswith("$ ") for line in lines), page
-    return [line.removeprefix("$ ") for line in lines]
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))
@@ -94,13 +78,6 @@ def test_the_commands_of_a_page_work_one_after_the_other(name: str, tmp_path: Pa
         assert service.get("/livez")[0] == 200
 
 
-def shell(page: Path, heading: str) -> list[str]:
-    """The lines of the first shell block under a heading."""
-    _, _, section = page.read_text().partition(f"\n## {heading}\n")
-    (block, *_) = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    return [line for line in block.splitlines() if not line.startswith("#")]
-
-
 def is_answered(environment: dict[str, str], step: int) -> bool:
     """Whether a trainer with these variables gets a command that it can verify."""
     with from_environment(f"run-{step}", environment) as trainer:
@@ -109,37 +86,12 @@ def is_answered(environment: dict[str, str], step: int) -> bool:
 
 
 def test_a_service_starts_with_the_lines_of_getting_started(tmp_path: Path) -> None:
-    install, redis_server, *lines = shell(DOCS / "getting-started.md", "The service by itself")
-    assert install.startswith("pip install ")
-    assert redis_server.startswith("redis-server ")
-    log_file = tmp_path / "service.log"
-    with EmbeddedRedis() as redis, log_file.open("wb") as log:
-        script = "\n".join(lines).replace("redis://localhost:6379/0", redis.url)
-        port = free_port()
-        process = subprocess.Popen(
-            ["bash", "-ec", script.replace("tamiyo serve", "exec tamiyo serve")],
-            cwd=tmp_path,
-            env={
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "HOME": str(tmp_path),
-                "OMP_NUM_THREADS": "1",
-                "TAMIYO_HTTP_PORT": str(port),
-            },
-            stdout=log,
-            stderr=log,
-        )
-        service = ServiceProcess(process, port, redis.url, log_file)
-        try:
-            until(lambda: started(service), START_TIMEOUT_S)
-            secret = str(tmp_path / "leyline.secret")
-            trainer = {"REDIS_URL": redis.url, "ESPER_LEYLINE_SECRET_FILE": secret}
-            assert is_answered(trainer, 1)
-            process.terminate()
-            assert process.wait(30) == 0, log_file.read_text()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with EmbeddedRedis() as redis, serve_as_written(redis.url, tmp_path, path) as service:
+        secret = str(tmp_path / "leyline.secret")
+        trainer = {"REDIS_URL": redis.url, "ESPER_LEYLINE_SECRET_FILE": secret}
+        assert is_answered(trainer, 1)
+        until(lambda: service.metric("tamiyo_catalog_blueprints") == len(BLUEPRINTS), 20.0)
 
 
 def test_a_key_is_rotated_as_written_without_losing_a_command(tmp_path: Path) -> None:
