@@ -24,9 +24,10 @@ RUN python -m venv /opt/tamiyo \
     && install() { /opt/tamiyo/bin/pip install -c constraints.txt "torch==${version}$1"; } \
     && case "${VARIANT}" in cpu) install +cpu || install "" ;; cuda) install "" ;; *) exit 64 ;; esac
 COPY pyproject.toml README.md LICENSE ./
+COPY packages ./packages
 COPY tamiyo_svc ./tamiyo_svc
 # The network's CPU form is compiled here, so that the image for CPUs needs no compiler.
-RUN /opt/tamiyo/bin/pip install -c constraints.txt ".${EXTRAS:+[${EXTRAS}]}" \
+RUN /opt/tamiyo/bin/pip install -c constraints.txt ./packages/client ".${EXTRAS:+[${EXTRAS}]}" \
     && /opt/tamiyo/bin/tamiyo compile
 
 FROM python:${PYTHON_VERSION}-slim-bookworm

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench chaos soak campaign lint types imports rules generated check protos docs clean
+.PHONY: demo test bench chaos soak campaign plain client-matrix lint types imports rules generated check protos docs clean
 
 demo: $(READY)
 	$(BIN)/tamiyo demo
@@ -20,6 +20,13 @@ soak: $(READY)
 campaign: $(READY)
 	$(BIN)/python tests/chaos/policy_campaign.py kills 50
 	$(BIN)/python -W ignore tests/chaos/policy_campaign.py mutations 100000
+
+# Both install what they try from the package index.
+plain: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/packages/plain_install.py
+
+client-matrix: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/packages/client_matrix.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.parts

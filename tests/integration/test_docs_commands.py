@@ -91,7 +91,7 @@ def test_a_service_starts_with_the_lines_of_getting_started(tmp_path: Path) -> N
         secret = str(tmp_path / "leyline.secret")
         trainer = {"REDIS_URL": redis.url, "ESPER_LEYLINE_SECRET_FILE": secret}
         assert is_answered(trainer, 1)
-        until(lambda: service.metric("tamiyo_catalog_blueprints") == len(BLUEPRINTS), 20.0)
+        until(lambda: service.metric("tamiyo_catalog_blueprints") == len(BLUEPRINTS), 60.0)
 
 
 def test_a_key_is_rotated_as_written_without_losing_a_command(tmp_path: Path) -> None:
