@@ -14,10 +14,14 @@ from support.running import StartService
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tamiyo_svc.cli.capture import capture
+from tamiyo_svc.cli.decision_diff import Agreement
+from tamiyo_svc.cli.replay import replay_file
 from tamiyo_svc.client import ClientSettings, Keyring, TamiyoClient
 from tamiyo_svc.client.run import RunSettings, TamiyoRun
 from tamiyo_svc.client.seeds import SeedBank
 from tamiyo_svc.leyline import leyline_pb2 as leyline
+from tamiyo_svc.service.settings import Settings
 
 pytestmark = pytest.mark.redis
 
@@ -203,3 +207,22 @@ async def test_a_file_at_the_usual_place_that_cannot_be_read_admits_no_other_nam
     await start_service(urza_database_url=None)
     assert (await answer(bus, 1, "mine")).command_type == OPTIMIZER
     assert "catalog_degraded" in await events(bus)
+
+
+async def test_what_was_decided_on_names_is_decided_again_byte_for_byte(
+    bus: Bus, start_service: StartService, redis_url: str, tmp_path: Path
+) -> None:
+    await start_service(urza_database_url=None)
+    for step in range(1, 9):
+        await answer(bus, step, f"mine,other-{step},line\nbreak")
+    file = tmp_path / "window.jsonl"
+    online = Settings(redis_url=redis_url, secret=SECRET)  # type: ignore[arg-type]
+    await asyncio.to_thread(capture, online, file, duration=None, since="1h")
+    offline = Settings(
+        redis_url="redis://127.0.0.1:1/0",
+        secret=SECRET,  # type: ignore[arg-type]
+        policy="bootstrap",
+        state_dir=tmp_path,
+    )
+    comparison = await asyncio.to_thread(replay_file, offline, file)
+    assert comparison.count(Agreement.IDENTICAL) == comparison.compared == 8

@@ -28,7 +28,7 @@ def example_needs() -> dict[str, tuple[Requirement, ...]]:
 def hidden_beside(*requirements: Requirement) -> str:
     """The modules and distributions that these requirements do not bring, for `wall.py`.
 
-    They are other distributions with their modules, and the parts of ours that are not the client's.
+    They are other distributions with their modules, and what of ours is not the client's.
     """
     present = {*_closure(requirements), "tamiyo-client", "tamiyo-svc"}
     owners_by_module = {

@@ -1,9 +1,9 @@
 """Everything that the documentation lets a new user do, after a plain installation: `make plain`.
 
-Both distributions are built (sources, and from them wheels) and installed into new environments: the
-client with what the examples ask for into a trainer's, the service into another. Then the trainer
-guide's blocks and the examples run against the stand-in, the service starts with the lines of
-getting started, and the examples and the page's other commands run against it.
+Both distributions are built (sources, and from them wheels) and installed into new environments:
+the client with what the examples ask for into a trainer's, the service into another. Then the
+trainer guide's blocks and the examples run against the stand-in, the service starts with the lines
+of getting started, and the examples and the page's other commands run against it.
 """
 
 from __future__ import annotations
