@@ -17,8 +17,8 @@ from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 TIERS: Final = {
-    name.removeprefix("BLUEPRINT_TIER_").lower(): leyline.BlueprintTier.Value(name)
-    for name in leyline.BlueprintTier.keys()  # noqa: SIM118
+    name.removeprefix("BLUEPRINT_TIER_").lower(): number
+    for name, number in leyline.BlueprintTier.items()
 }
 """The tiers as they are given on the command line."""
 

@@ -68,7 +68,7 @@ def train(url: str, settings: RunSettings, steps: int) -> str:
         for step in range(1, steps + 1):
             optimizer.zero_grad()
             loss = loss_of()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             run.end_step(step, loss, isolated_loss=loss_of)
             if seed.stage_name == "FOSSILIZED":

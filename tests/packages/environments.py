@@ -42,8 +42,8 @@ def build(folder: Path, *kinds: str) -> list[Path]:
     files = []
     for source in (CLIENT, ROOT):
         before = set(folder.glob("*"))
-        command = ("-m", "build", *kinds, "--no-isolation", "--outdir", folder, source)
-        run(sys.executable, *command, cwd=folder)
+        options = (*kinds, "--no-isolation", "--outdir", str(folder))
+        run(sys.executable, "-m", "build", *options, source, cwd=folder)
         files += sorted(set(folder.glob("*")) - before)
     return files
 

@@ -21,7 +21,7 @@ from tamiyo_svc.adapters.embedded import EmbeddedRedis
 
 GUIDE_RUNNER: Final = Path(__file__).with_name("guide.py")
 TORCHRUN: Final = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-SERVICE_ONLY: Final = ("pytest", "structlog", "torch_geometric", "typer")
+SERVICE_ONLY: Final = ("pydantic_settings", "pytest", "structlog", "torch_geometric")
 
 
 def run_examples(python: Path, variables: dict[str, str]) -> None:

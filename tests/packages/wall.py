@@ -11,7 +11,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import Distribution, DistributionFinder
+from importlib.metadata import DistributionFinder, PathDistribution
 from pathlib import Path
 from types import ModuleType
 
@@ -34,7 +34,7 @@ def hide(names: frozenset[str]) -> None:
         @classmethod
         def find_distributions(
             cls, context: DistributionFinder.Context | None = None
-        ) -> Iterator[Distribution]:
+        ) -> Iterator[PathDistribution]:
             for one in super().find_distributions(context or DistributionFinder.Context()):
                 if re.sub(r"[-_.]+", "-", one.name).lower() not in names:
                     yield one

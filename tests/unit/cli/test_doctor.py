@@ -14,6 +14,7 @@ import pytest
 from pydantic import SecretStr
 from redis import Redis
 from rich.console import Console
+from support.catalogs import write_rows
 
 from tamiyo_svc.cli.doctor import (
     Check,
@@ -199,6 +200,22 @@ def test_a_missing_catalogue_is_a_warning_and_a_broken_one_a_failure(tmp_path: P
     broken.write_bytes(b"not a database at all" * 100)
     assert check_catalog(broken).status is Status.FAILED
     assert check_catalog(tmp_path).status is Status.FAILED
+
+
+def test_who_has_no_catalogue_is_told_what_makes_one(tmp_path: Path) -> None:
+    path = tmp_path / "urza" / "catalog.db"
+    for optional, detail in ((True, "blueprints that trainers name"), (False, "no blueprints")):
+        check = check_catalog(path, optional=optional)
+        assert check.status is Status.WARNING
+        assert detail in check.detail
+        assert f"`tamiyo catalog init {path}`" in check.mend
+
+
+def test_an_empty_catalogue_is_warned_about(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "empty.db", {})
+    check = check_catalog(path)
+    assert check.status is Status.WARNING
+    assert "tamiyo catalog add" in check.mend
 
 
 def test_a_catalogue_may_have_any_file_name(tmp_path: Path) -> None:
