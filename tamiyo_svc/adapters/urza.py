@@ -218,7 +218,7 @@ class UrzaCatalog:
         acceptable = is_name(name)
         if not acceptable and not self._refused_name:
             self._refused_name = True
-            log.warning("catalog.name_refused", name=name[:MAX_NAME_CHARACTERS])
+            log.warning("catalog.name_refused", name=ascii(name[:MAX_NAME_CHARACTERS]))
         return acceptable
 
     def _offer(self, name: str) -> Blueprint:

@@ -17,8 +17,10 @@ from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 TIERS: Final = {
-    name.removeprefix("BLUEPRINT_TIER_").lower(): number
-    for name, number in leyline.BlueprintTier.items()
+    "unspecified": leyline.BLUEPRINT_TIER_UNSPECIFIED,
+    "safe": leyline.BLUEPRINT_TIER_SAFE,
+    "experimental": leyline.BLUEPRINT_TIER_EXPERIMENTAL,
+    "high_risk": leyline.BLUEPRINT_TIER_HIGH_RISK,
 }
 """The tiers as they are given on the command line."""
 

@@ -339,7 +339,7 @@ class SettingsTable(BaseSettings):
     max_seeds: int = _count("TAMIYO_MAX_SEEDS", 256, "Most seeds in a graph.")
     max_blueprints: int = _count("TAMIYO_MAX_BLUEPRINTS", 32, "Most blueprints in a graph.")
     blueprint_candidates: int = _count(
-        "TAMIYO_BLUEPRINT_CANDIDATES", 8, "Blueprints considered where a packet names none."
+        "TAMIYO_BLUEPRINT_CANDIDATES", 8, "Most blueprints considered for a packet."
     )
     urza_database_url: str = _graph(
         "URZA_DATABASE_URL",
