@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -138,8 +139,8 @@ class UrzaCatalog:
         """The blueprints one decision chooses from, at most `limit`."""
         if not self.absent:
             return self.snapshot.candidates(requested, packet_id, run_id, limit)
-        names = [name for name in dict.fromkeys(requested) if self._is_acceptable(name)]
-        return tuple(self._offer(name) for name in names[:limit])
+        names = filter(self._is_acceptable, dict.fromkeys(requested))
+        return tuple(self._offer(name) for name in islice(names, limit))
 
     def missing(self, requested: Sequence[str]) -> list[str]:
         """The ids that the file may have and the snapshot does not."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from support.bus import SECRET, Bus, state_packet
 from support.catalogs import copy_sample
 from support.running import StartService
@@ -91,8 +92,10 @@ async def test_a_seed_grows_to_the_end(
 async def test_the_absence_of_a_catalogue_is_no_degradation(
     bus: Bus, start_service: StartService
 ) -> None:
-    running = await start_service(urza_database_url=None, metadata_refresh_s=0.05)
-    command = await answer(bus, 1, "mine")
+    with capture_logs() as logs:
+        running = await start_service(urza_database_url=None, metadata_refresh_s=0.05)
+        command = await answer(bus, 1, "mine")
+    assert [line["event"] for line in logs].count("catalog.absent") == 1
     assert command.command_type == SEED
     assert command.seed_operation.blueprint_id == "mine"
     assert command.annotations["blueprint_risk"] == "0.25"
