@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +82,9 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the training run.")] = 7,
 ) -> None:
     """Train a small network beside a private service and show every decision."""
+    for name in ("sklearn", "matplotlib"):
+        if find_spec(name) is None:
+            raise ConfigurationError(f"the demo needs {name}: pip install 'tamiyo-svc[demo]'")
     module = importlib.import_module("tamiyo_svc.cli.demo")
     raise typer.Exit(module.demo(report=report, seed=seed) or 0)
 

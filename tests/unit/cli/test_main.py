@@ -42,6 +42,23 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == {"version": __version__}
 
 
+@pytest.mark.parametrize("name", ["sklearn", "matplotlib"])
+def test_a_demo_without_its_extra_says_which_one(name: str, tmp_path: Path) -> None:
+    wall = Path(__file__).parents[2] / "packages" / "wall.py"
+    program = tmp_path / "program.py"
+    program.write_text("from tamiyo_svc.cli.main import main; main()")
+    result = subprocess.run(
+        [sys.executable, wall, name, program, "demo"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert result.returncode == 2
+    expected = f"tamiyo: the demo needs {name}: pip install 'tamiyo-svc[demo]'\n"
+    assert result.stderr == expected
+
+
 def test_importing_the_command_imports_nothing_heavy() -> None:
     code = (
         "import sys; from tamiyo_svc.cli import main; "
