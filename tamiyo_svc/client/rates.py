@@ -84,11 +84,9 @@ class OptimizerRate:
         All groups keep their proportions. A rate beyond the bounds by the user's own choice stays
         there. Returns why nothing was changed, empty when it was; a delta of 0 is no change.
         """
-        if self.optimizer is None:
-            return "no_optimizer"
-        if delta == 0.0:
+        if self.optimizer is not None and delta == 0.0:
             return ""
-        obstacle = self._find_obstacle()
+        obstacle = self.find_obstacle()
         if obstacle:
             return obstacle
         factor = self._within_bounds(1.0 + delta)
@@ -119,7 +117,10 @@ class OptimizerRate:
         self._set_elsewhere = True
         return self._changed
 
-    def _find_obstacle(self) -> str:
+    def find_obstacle(self) -> str:
+        """Why rates cannot be changed, as far as that is known without trying; else empty."""
+        if self.optimizer is None:
+            return "no_optimizer"
         groups = self.optimizer.param_groups
         # What stands for optimizers that are elsewhere has groups that nobody trains with.
         if "dummy" in self.family or any(group.get("lr") is None for group in groups):

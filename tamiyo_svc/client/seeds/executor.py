@@ -75,6 +75,9 @@ class LearningRate(Protocol):
     def learning_rate(self) -> float:
         """The rate now."""
 
+    def find_obstacle(self) -> str:
+        """Why it cannot be changed, as far as that is known without trying; else empty."""
+
     def change_learning_rate(self, delta: float) -> str:
         """Multiply it by 1 + `delta`, within its bounds; why not, empty when done."""
 
@@ -139,7 +142,10 @@ class CommandExecutor:
         delta = adjustment.hyperparameters[_LR_DELTA]
         if not math.isfinite(delta):
             return Execution(Refusal.INVALID_PARAMETER)
-        obstacle = self._rate.change_learning_rate(delta)
+        obstacle = self._rate.find_obstacle() if delta else ""
+        if not self._all_agree(not obstacle) and not obstacle:
+            return Execution(Refusal.FAILED_ON_A_RANK)
+        obstacle = obstacle or self._rate.change_learning_rate(delta)
         return Execution(Refusal.LEARNING_RATE, detail=obstacle) if obstacle else APPLIED
 
     def _operate(self, command: leyline.AdaptationCommand, epoch: int) -> Execution:

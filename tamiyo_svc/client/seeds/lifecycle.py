@@ -232,7 +232,7 @@ class Seed:
         optimizer = self.optimizer
         if optimizer is None:
             return
-        _follow_weights(optimizer)
+        _follow_weights(optimizer, self.parameters)
         before = None if self.moved else [p.detach().clone() for p in self.parameters]
         optimizer.step()
         if before is not None:
@@ -252,16 +252,21 @@ class Seed:
         self.loss_slow = _ewma(self.loss_slow, loss, _SLOW)
 
 
-def _follow_weights(optimizer: torch.optim.Optimizer) -> None:
+def _follow_weights(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
     """Move the optimizer's state to where its weights have been moved, and to their format."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.dtype == torch.float16:
-                group["eps"] = _HALF_EPSILON
-            state = optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if name != "step" and isinstance(value, torch.Tensor):
-                    state[name] = value.to(parameter)
+    (group,) = optimizer.param_groups
+    # Torch can be told to replace parameters that it moves.
+    for old, new in zip(group["params"], parameters, strict=True):
+        if old is not new and old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+    group["params"] = parameters
+    for parameter in parameters:
+        if parameter.dtype == torch.float16:
+            group["eps"] = _HALF_EPSILON
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if name != "step" and isinstance(value, torch.Tensor):
+                state[name] = value.to(parameter)
 
 
 def _ewma(mean: float, value: float, weight: float) -> float:

@@ -24,7 +24,7 @@ def generators(devices: Iterable[torch.device]) -> tuple[Any, ...]:
         for device in devices
         if device.type == "cuda"
     )
-    return random.getstate(), drawn, torch.get_rng_state().numpy().tobytes(), on_devices
+    return random.getstate(), drawn, bytes(torch.get_rng_state().tolist()), on_devices
 
 
 @contextmanager

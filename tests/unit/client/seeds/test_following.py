@@ -141,6 +141,23 @@ def test_a_seed_in_a_network_of_channels_last_has_that_layout() -> None:
     assert all(p.is_contiguous() for p in seed.parameters)
 
 
+def test_a_seed_trains_on_when_moving_replaces_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, bank, seed = make()
+    grow(bank, seed)
+    seed.enter(TRAINING)
+    bank.train_isolated(lambda: loss_of(model, torch.float32))
+    monkeypatch.setattr(
+        torch.__future__, "_overwrite_module_params_on_conversion", True, raising=True
+    )
+    model.double()
+    before = [p.detach().clone() for p in seed.parameters]
+    bank.train_isolated(lambda: loss_of(model, torch.float64))
+    assert formats(seed) == {torch.float64}
+    assert not all(torch.equal(a, b) for a, b in zip(before, seed.parameters, strict=True))
+
+
 def test_a_network_of_mixed_formats_gives_a_seed_that_of_its_neighbours() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict(
