@@ -114,8 +114,8 @@ class SeedBank:
         """A copy of the network without Tamiyo, what has joined built in: equal bit for bit.
 
         It is made of torch's modules and the network's own, so that it can be saved, loaded where
-        Tamiyo is not installed, traced, exported and compiled. A module with a seed behind it
-        becomes one of generated code with the children `host` and `seed`.
+        Tamiyo is not installed, traced, exported and compiled. The network's own modules keep
+        their classes and names; a module with a seed behind it has one more child, `grown`.
 
         Raises:
             Exception: whatever copying the network raises.

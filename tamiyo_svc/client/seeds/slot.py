@@ -86,8 +86,6 @@ class Slot(nn.Module):
         """What the seed raised in the network's own pass; it is left out from then on."""
         self.output_kind: type = Tensor
         """Tensor, or the class of the tuple that holds it."""
-        self.called_with: tuple[int, tuple[str, ...]] = (1, ())
-        """How many arguments the host is called with, and the names of further ones."""
         self.shape: tuple[int, ...] = ()
         self.copies_input = False
         """Whether the seed writes into its input."""
@@ -103,7 +101,7 @@ class Slot(nn.Module):
         self._seen_version = 0
         self._changes = 0
         self._copied_changes = 0
-        self._handle = host.register_forward_hook(self, with_kwargs=True)
+        self._handle = host.register_forward_hook(self)
 
     @property
     def seed(self) -> nn.Module | None:
@@ -129,8 +127,8 @@ class Slot(nn.Module):
         # What torch.jit asks every hook for; without it no more is said than that it is missing.
         if name == "__name__":
             raise AttributeError(
-                "torch.jit takes no network with places for seeds, as they are hooks: "
-                "give it bank.bake(), or use torch.export"
+                "torch.jit.script takes no network with places for seeds, as they are hooks: "
+                "use torch.jit.trace or torch.export"
             )
         return super().__getattr__(name)
 
@@ -194,13 +192,10 @@ class Slot(nn.Module):
         """No longer act behind the host."""
         self._handle.remove()
 
-    def forward(
-        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def forward(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The host's output with the seed's part in it, None to leave it as it is."""
         if not self.channels:
             self._note(output)
-            self._note_call(args, kwargs)
         if self._warns and not torch.compiler.is_compiling():
             self._warn_of_change()
         if not self._planted or self.silent or not (self.isolated or self.alpha):
@@ -210,7 +205,6 @@ class Slot(nn.Module):
         features = _features_of(output)
         if features is None:
             return None
-        self._note_call(args, kwargs)
         seed = self._planted[0]
         if seed.training != host.training:
             seed.train(host.training)
@@ -283,11 +277,6 @@ class Slot(nn.Module):
         self.shape = tuple(features.shape)
         self.channels = self.shape[self.channel_dim]
         self.output_kind = type(output) if isinstance(output, tuple) else Tensor
-
-    def _note_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        count, names = self.called_with
-        if len(args) > count or not kwargs.keys() <= set(names):
-            self.called_with = (max(count, len(args)), tuple(dict.fromkeys((*names, *kwargs))))
 
     def _warn_of_change(self) -> None:
         """Say once that a copy whose weights have changed since keeps its seeds as they were."""
