@@ -20,7 +20,12 @@ from tamiyo_svc.client.seeds.places import find_home, find_neighbour
 from tamiyo_svc.client.seeds.ranks import WORLD, RanksApartError
 from tamiyo_svc.client.seeds.slot import CHILD, Slot, leave_out_missing
 from tamiyo_svc.client.seeds.snapshot import restore_place, restore_seed, save_seed
-from tamiyo_svc.client.seeds.undisturbed import undisturbed, undisturbed_generators
+from tamiyo_svc.client.seeds.undisturbed import (
+    kept_gradients,
+    undisturbed,
+    undisturbed_generators,
+)
+from tamiyo_svc.client.seeds.worth import measure
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 _LOG: Final = logging.getLogger("tamiyo.client")
@@ -29,8 +34,6 @@ _NO_GRADIENT: Final = (
     "the isolated pass of seed {} gave no gradient: its loss does not depend on the seed, or the "
     "seed is in a block that is recomputed with use_reentrant=True, which needs use_reentrant=False"
 )
-_MEASUREMENTS: Final = 4
-"""How often a seed's worth is measured where the validation loss is not the same twice."""
 
 
 class SeedBank:
@@ -180,7 +183,7 @@ class SeedBank:
                 continue
             reached = math.nan
             try:
-                with self._isolated(seed):
+                with self._pass_for(seed, slot, trains=True):
                     reached = _backward(seed, loss, scale)
             # What the network or the caller's function raises ends neither the seed nor training.
             except Exception as error:
@@ -219,8 +222,8 @@ class SeedBank:
         slot = self._slots[seed.index]
         measured, failure = Impact(math.nan), None
         try:
-            with self._judged(seed, slot):
-                measured = self._measure(slot)
+            with self._pass_for(seed, slot, trains=False), torch.no_grad():
+                measured = measure(self._evaluate, slot)
             failure = slot.failure
         except Exception as error:
             failure = error
@@ -286,63 +289,25 @@ class SeedBank:
             )
         slot.take(description, tensors)
 
-    def _measure(self, slot: Slot) -> Impact:
-        evaluate = self._evaluate
-        assert evaluate is not None
-
-        def absent() -> float:
-            slot.silent = True
-            try:
-                return float(evaluate())
-            finally:
-                slot.silent = False
-
-        first, loss = float(evaluate()), absent()
-        differences = [first - loss]
-        if float(evaluate()) != first:
-            differences += [float(evaluate()) - absent() for _ in range(_MEASUREMENTS - 1)]
-        return Impact.of(differences, loss)
-
     @contextmanager
-    def _judged(self, seed: Seed, slot: Slot) -> Iterator[None]:
-        with self._undisturbed(None), torch.no_grad():
+    def _pass_for(self, seed: Seed, slot: Slot, *, trains: bool) -> Iterator[None]:
+        """Passes with the seed in full that leave the host and whatever they do not train alone."""
+        others = [other for other in self.seeds if other is not seed]
+        named = [
+            *self.model.named_parameters(),
+            *((f"{other.seed_id}.{name}", p) for other in others for name, p in other.named()),
+        ]
+        kept = [buffer for other in (others if trains else self.seeds) for buffer in other.buffers]
+        with undisturbed(self.model, kept), kept_gradients(named, self._violated):
             slot.isolated = seed.stage not in JOINED
             try:
                 yield
             finally:
-                slot.isolated = slot.silent = False
-
-    @contextmanager
-    def _isolated(self, seed: Seed) -> Iterator[None]:
-        slot = self._slots[seed.index]
-        others = [
-            *self.model.named_parameters(),
-            *((f"{o.seed_id}.{n}", p) for o in self.seeds if o is not seed for n, p in o.named()),
-        ]
-        before = [_gradient_mark(parameter) for _, parameter in others]
-        with self._undisturbed(seed):
-            slot.isolated = True
-            try:
-                yield
-            finally:
                 slot.isolated = False
-                for (name, parameter), mark in zip(others, before, strict=True):
-                    gradient, version = _gradient_mark(parameter)
-                    if gradient is not mark[0] or version != mark[1]:
-                        self._put_back(name, parameter, mark[0])
 
-    def _put_back(self, name: str, parameter: nn.Parameter, before: Tensor | None) -> None:
-        zeroed = parameter.grad is None or not parameter.grad.any()
-        if parameter.grad is not before:
-            parameter.grad = before
-        # Whoever clears gradients before a pass has not let that pass reach them.
-        if not zeroed:
-            self.isolation_violations += 1
-            self._tell(f"isolated training has changed the gradient of {name}")
-
-    def _undisturbed(self, trained: Seed | None) -> Any:
-        others = [b for seed in self.seeds if seed is not trained for b in seed.buffers]
-        return undisturbed(self.model, others)
+    def _violated(self, name: str) -> None:
+        self.isolation_violations += 1
+        self._tell(f"a pass for seeds alone has changed the gradient of {name}")
 
     def _step(self, seed: Seed, slot: Slot, loss: float, scale: float) -> None:
         if seed.optimizer is None or self._apart:
@@ -403,8 +368,3 @@ def _divide_gradients(seed: Seed, scale: float) -> None:
         for parameter in seed.parameters:
             if parameter.grad is not None:
                 parameter.grad /= scale
-
-
-def _gradient_mark(parameter: nn.Parameter) -> tuple[Tensor | None, int]:
-    gradient = parameter.grad
-    return gradient, 0 if gradient is None else gradient._version

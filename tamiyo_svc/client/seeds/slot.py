@@ -6,14 +6,22 @@ import copy
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from tamiyo_svc.client.seeds.blending import CONVEX, Mixing
+from tamiyo_svc.client.seeds.residual import (
+    is_control_flow,
+    is_symbolic,
+    is_traced,
+    own_saved_tensors,
+    residual_of,
+    traced_residual_of,
+)
 from tamiyo_svc.client.seeds.undisturbed import generators, undisturbed_generators
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import BlendMode
@@ -22,22 +30,7 @@ CHILD: Final = "tamiyo"
 """Name of a slot among its home's children, and so in the network's state dict."""
 _SEED: Final = "seed."
 _ABOUT: Final = "about"
-_JIT: Final[Any] = torch._C
 _LOG: Final = logging.getLogger("tamiyo.client")
-
-_CONTROL_FLOW: Final = (
-    "torch.utils.checkpoint",
-    "torch._dynamo",
-    "torch._functorch",
-    "torch._higher_order_ops",
-    "torch._subclasses",
-    "torch.export",
-    "torch.fx",
-    "torch.jit",
-    "torch.onnx",
-    "functorch",
-)
-"""Where exceptions are defined by which torch steers recomputation, tracing and compilation."""
 
 
 class Bank(Protocol):
@@ -166,16 +159,16 @@ class Slot(nn.Module):
             Exception: whatever it raises itself.
         """
         trial = self.suited(copy.deepcopy(seed))
-        parameter = next(trial.parameters(), None)
-        if parameter is None:
-            features = torch.zeros(self.shape)
-        else:
-            features = torch.zeros(self.shape, device=parameter.device, dtype=parameter.dtype)
+        # A single sample has no variance to normalize by.
+        shape = (max(self.shape[0], 2), *self.shape[1:]) if len(self.shape) > 1 else self.shape
+        features = torch.zeros(shape)
+        if (parameter := next(trial.parameters(), None)) is not None:
+            features = features.to(parameter)
         writes = draws = False
         with torch.no_grad(), undisturbed_generators([features.device]):
             for training in (False, True):
                 before, version = generators([features.device]), features._version
-                self._residual(trial.train(training), features)
+                residual_of(trial.train(training), features)
                 writes |= features._version != version
                 draws |= generators([features.device]) != before
         self.copies_input, self._draws = writes, draws
@@ -210,67 +203,31 @@ class Slot(nn.Module):
             seed.train(host.training)
         if self.isolated:
             features = features.detach()
-        mixed = self._mix(seed, features, 1.0 if self.isolated else self.alpha)
+        mixed = self._mixed(seed, features, 1.0 if self.isolated else self.alpha)
         return None if mixed is None else put_back(output, mixed)
 
-    def _mix(self, seed: nn.Module, features: Tensor, alpha: float) -> Tensor | None:
+    def _mixed(self, seed: nn.Module, features: Tensor, alpha: float) -> Tensor | None:
         if is_traced(features):
-            residual = self._traced_residual(seed, features)
+            source = features.clone() if self.copies_input else features
+            residual = traced_residual_of(seed, source, features.dtype)
             return self.mixing.mix(features, residual, alpha, rank=len(self.shape))
+        generators_kept = (
+            undisturbed_generators([features.device]) if self._draws else nullcontext()
+        )
         try:
-            with self._own_generators(features), _own_saved_tensors():
-                return self.mixing.mix(features, self._residual(seed, features), alpha)
+            with generators_kept, own_saved_tensors():
+                source = features.clone() if self.copies_input else features
+                return self.mixing.mix(features, residual_of(seed, source), alpha)
         # A seed's error must not end its host's training.
         except Exception as error:
-            if type(error).__module__.startswith(_CONTROL_FLOW):
+            if is_control_flow(error):
                 raise
             self.failure = error
             return None
 
-    def _residual(self, seed: nn.Module, features: Tensor) -> Tensor:
-        residual = seed(self._input(seed, features))
-        if not isinstance(residual, Tensor) or residual.shape != features.shape:
-            found = tuple(getattr(residual, "shape", ())) or type(residual).__name__
-            raise ValueError(
-                f"the seed returns {found} for features of shape {tuple(features.shape)}"
-            )
-        return residual.to(features.dtype)
-
-    def _traced_residual(self, seed: nn.Module, features: Any) -> Any:
-        source = self._input(seed, features)
-        if _is_tracing():
-            residual = _untraced_constant(seed)(source)
-        elif _is_exporting():
-            # Constants of what is exported, since they are none of the network's own parameters.
-            named = (*seed.named_parameters(), *seed.named_buffers())
-            constants = {name: tensor.detach() for name, tensor in named}
-            residual = torch.func.functional_call(seed, constants, (source,))
-        else:
-            residual = seed(source)
-        return residual.to(features.dtype)
-
-    def _input(self, seed: nn.Module, features: Any) -> Any:
-        source = features.clone() if self.copies_input else features
-        parameter = next(seed.parameters(), None)
-        if isinstance(source, fx.Proxy) or parameter is None:
-            return source
-        # A network that casts by itself, as mixed precision of FSDP does, has features in another
-        # format than its weights; autocast sees to that itself.
-        if source.dtype != parameter.dtype and not _is_autocast(source.device.type):
-            source = source.to(parameter.dtype)
-        return source
-
-    @contextmanager
-    def _own_generators(self, features: Tensor) -> Iterator[None]:
-        if not self._draws:
-            yield
-            return
-        with undisturbed_generators([features.device]):
-            yield
-
     def _note(self, output: Any) -> None:
         features = _features_of(output)
-        if not isinstance(features, Tensor) or _is_symbolic(features):
+        if not isinstance(features, Tensor) or is_symbolic(features):
             return
         if not self._channel_dim_given:
             self.channel_dim = 1 if features.ndim in (4, 5) else -1
@@ -432,16 +389,6 @@ def mixing_from(saved: Mapping[str, Any]) -> Mixing:
     )
 
 
-def is_traced(features: Any) -> bool:
-    """Whether a tracer or compiler runs the pass, whose exceptions are its own affair."""
-    return (
-        torch.compiler.is_compiling()
-        or _is_tracing()
-        or isinstance(features, fx.Proxy)
-        or _is_symbolic(features)
-    )
-
-
 def put_back(output: Any, mixed: Any) -> Any:
     """The host's output with its first tensor replaced."""
     if not isinstance(output, tuple):
@@ -458,58 +405,7 @@ def _features_of(output: Any) -> Any:
     return features if isinstance(features, Tensor) and features.ndim else None
 
 
-def _is_symbolic(features: Any) -> bool:
-    return isinstance(features, Tensor) and type(features).__module__.startswith(
-        ("torch._subclasses", "torch._functorch")
-    )
-
-
 def _is_channels_last(tensor: Tensor) -> bool:
     if tensor.ndim != 4 or hasattr(tensor, "to_local"):
         return False
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.is_autocast_enabled(device_type)
-
-
-def _is_tracing() -> bool:
-    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
-
-
-def _is_exporting() -> bool:
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    if exporting is None or not exporting():
-        return False
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(
-            "a network with seeds needs torch.export with strict=False, or bank.bake()"
-        )
-    return True
-
-
-def _untraced_constant(seed: nn.Module) -> nn.Module:
-    """A copy whose tensors a trace takes as constants, made while it does not look on."""
-    tracing = _JIT._get_tracing_state()
-    _JIT._set_tracing_state(None)
-    try:
-        return copy.deepcopy(seed).requires_grad_(requires_grad=False)
-    finally:
-        _JIT._set_tracing_state(tracing)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _own_saved_tensors() -> Any:
-    """Keep what a seed saves for its backward pass out of the hooks that others have set.
-
-    Recomputation counts the tensors saved, which must not depend on whether a seed fails.
-    """
-    ignore_is_tracing = True
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None and top(ignore_is_tracing) is None:
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,3 +58,29 @@ def undisturbed(model: nn.Module, other_buffers: Iterable[Tensor] = ()) -> Itera
                     buffer.copy_(value)
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def kept_gradients(
+    named: Sequence[tuple[str, nn.Parameter]], changed: Callable[[str], None]
+) -> Iterator[None]:
+    """Give parameters back the gradients they had, and name those that were changed meanwhile.
+
+    Whoever clears gradients before a pass has not let that pass reach them. What was added to a
+    gradient in place stays.
+    """
+    before = [(parameter.grad, _version(parameter)) for _, parameter in named]
+    try:
+        yield
+    finally:
+        for (name, parameter), (gradient, version) in zip(named, before, strict=True):
+            now = parameter.grad
+            if now is gradient and _version(parameter) == version:
+                continue
+            parameter.grad = gradient
+            if now is not None and now.any():
+                changed(name)
+
+
+def _version(parameter: nn.Parameter) -> int:
+    return 0 if parameter.grad is None else parameter.grad._version

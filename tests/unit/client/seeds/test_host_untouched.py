@@ -159,6 +159,20 @@ def test_a_violation_counts_in_its_step_alone_is_named_once_and_undone(
     assert caplog.text.count("the gradient of 2.weight") == 1
 
 
+def test_an_evaluation_that_trains_leaves_the_hosts_gradients_alone() -> None:
+    model, bank, seed = make(lambda channels: nn.Linear(channels, channels))
+
+    def evaluate() -> float:
+        with torch.enable_grad():
+            loss = loss_of(model)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    bank._evaluate = evaluate
+    bank.impact(seed)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_an_error_of_the_callers_isolated_pass_ends_neither_seed_nor_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
