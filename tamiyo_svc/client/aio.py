@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -70,8 +71,10 @@ class AsyncTamiyoClient(ClientCore):
 
     async def aclose(self) -> None:
         """Send what is queued within the settings' `close_timeout_s`, then let go of the bus."""
-        try:
-            await asyncio.to_thread(self._stop)
-        # Where there is no thread for it there was none to send either, and nothing takes long.
-        except RuntimeError:
-            self._stop()
+        # Not the loop's own executor, whose end needs a thread more.
+        with ThreadPoolExecutor(1) as executor:
+            try:
+                await asyncio.get_running_loop().run_in_executor(executor, self._stop)
+            # Where there is no thread for it there was none to send either.
+            except RuntimeError:
+                self._stop()

@@ -313,6 +313,8 @@ class ClientCore:
         assert self._link is not None
         if self._finalizer is not None:
             self._finalizer.detach()
+        if self._threadless:
+            self._exchange.restarted()
         try:
             self._worker = Worker(self._exchange, self._link, self._origin)
         # The system has none to give, or the interpreter is about to end.
@@ -326,7 +328,7 @@ class ClientCore:
         self._finalizer = weakref.finalize(self, self._worker.stop, self.settings.close_timeout_s)
         if self._threadless:
             self._threadless = False
-            self._exchange.restarted()
+            note(logging.WARNING, "there are threads for Tamiyo again")
 
     def _ask(self) -> None:
         """Let the client's thread look why no command comes, if there is reason to."""
