@@ -211,6 +211,10 @@ class Transport:
             failure = self._worded(error, f"reading {self._reply_stream}", self._reply_stream)
         else:
             return
+        # Writing had to move meanwhile, and so has reading.
+        if self._reader_move != self._move:
+            self.listen()
+            return
         self._drop_reader()
         raise failure
 
