@@ -105,8 +105,6 @@ _RELEASE: Final = f"redis-py {redis.__version__}"
 
 def _read(url: str) -> tuple[str, dict[str, Any]]:
     """What is wrong with the URL, empty if nothing is, and what redis-py makes of it."""
-    if not isinstance(url, str):
-        return "takes text", {}
     # Variables and files end with a newline that is no part of it.
     url = url.removeprefix("\ufeff").strip()
     scheme, colon, rest = url.partition(":")
@@ -131,7 +129,8 @@ def _read(url: str) -> tuple[str, dict[str, Any]]:
     if problem:
         return problem, {}
     try:
-        return "", redis_connection.parse_url(f"{scheme}://{rest}")
+        parse: Any = redis_connection.parse_url
+        return "", parse(f"{scheme}://{rest}")
     except (ValueError, RedisError):
         # What these say may repeat what they were given.
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,11 @@ class TamiyoClient(ClientCore):
         """
         if not self._enabled:
             return None
-        command = self._exchange.wait(step, min(timeout_s, self.settings.max_wait_s))
+        try:
+            command = self._exchange.wait(step, min(timeout_s, self.settings.max_wait_s))
+        # Any other error here is one of the host's signal handlers.
+        except MemoryError:
+            command = None
         if command is None:
             self._ask()
         return command
@@ -76,11 +81,11 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
         keyring = Keyring(secret, _secret("ESPER_LEYLINE_SECRET_PREVIOUS", variables))
     elif mode is not ClientMode.DISABLED:
         raise ConfigurationError("ESPER_LEYLINE_SECRET is not set; the service holds the same one")
-    stream = variables.get("OONA_NORMAL_STREAM") or NORMAL_STREAM
+    stream = _stream("OONA_NORMAL_STREAM", variables, NORMAL_STREAM)
     settings = ClientSettings(
         mode=mode,
         stream=stream,
-        report_stream=variables.get("OONA_FIELD_REPORT_STREAM") or stream,
+        report_stream=_stream("OONA_FIELD_REPORT_STREAM", variables, stream),
         partitions=_partitions(variables),
     )
     url = variables.get("REDIS_URL") or "redis://localhost:6379/0"
@@ -90,6 +95,13 @@ def from_environment(run_id: str, environment: Mapping[str, str] | None = None) 
         problem = str(error)
     # Outside, so that what led to it is not kept with it.
     raise ConfigurationError(f"REDIS_URL or the run id: {problem}")
+
+
+def _stream(name: str, variables: Mapping[str, str], default: str) -> str:
+    stream = variables.get(name) or default
+    if re.fullmatch(r"[^\s{}]{1,200}", stream) is None:
+        raise ConfigurationError(f"{name}: takes a stream name without spaces and braces")
+    return stream
 
 
 def _partitions(variables: Mapping[str, str]) -> int:

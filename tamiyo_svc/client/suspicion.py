@@ -20,16 +20,16 @@ _PATIENCE_S: Final = 0.5
 _WAITLESS_PATIENCE_S: Final = 5.0
 _BETWEEN_S: Final = 60.0
 """Between two lines about the same trouble that came back."""
-_SECRET: Final = (
+_FORGED: Final = (
     "commands come whose signature does not verify: is the secret (ESPER_LEYLINE_SECRET) the "
     "service's?"
 )
 _CLOCK: Final = "is the clock of this machine or of the service's wrong?"
 _CAUSES: Final = {
     CommandRejection.MISSING_SIGNATURE: "commands come unsigned: does the service have the secret?",
-    CommandRejection.INVALID_SIGNATURE: _SECRET,
+    CommandRejection.INVALID_SIGNATURE: _FORGED,
     CommandRejection.MISSING_COMMAND_SIGNATURE: "commands come unsigned, not from a service",
-    CommandRejection.INVALID_COMMAND_SIGNATURE: _SECRET,
+    CommandRejection.INVALID_COMMAND_SIGNATURE: _FORGED,
     CommandRejection.STALE: _CLOCK,
     CommandRejection.FROM_THE_FUTURE: _CLOCK,
     CommandRejection.WRONG_RUN: "commands of another run come on this run's reply stream",

@@ -170,7 +170,7 @@ class Transport:
         """Append entries in one round trip."""
         commands = [("XADD", entry.stream, "*", *_flat(entry.envelope.fields())) for entry in batch]
         stream = batch[0].stream
-        refusals = []
+        refusals: list[tuple[Exception, str]] = []
         try:
             self._writer.send_packed_command(self._writer.pack_commands(commands))
             for entry in batch:
@@ -180,9 +180,9 @@ class Transport:
         except (RedisError, OSError) as error:
             refusals.append((error, stream))
         if refusals:
-            error, stream = refusals[0]
+            first, stream = refusals[0]
             self._drop_writer()
-            raise self._worded(error, f"writing to {stream}", stream)
+            raise self._worded(first, f"writing to {stream}", stream)
 
     def _reply(self, entry: Outgoing) -> Exception | None:
         try:

@@ -47,6 +47,7 @@ class Worker:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._ended = False
+        self._batch = _BATCH
         self._faults: set[type[Exception]] = set()
         self._pid = os.getpid()
         self._receiver: threading.Thread | None = None
@@ -146,7 +147,7 @@ class Worker:
         # Not before the link has seen where the answers begin.
         if self._link.receives and (self._receiver is None or not self._receiver.is_alive()):
             self._start_receiver()
-        batch = self._exchange.take(_BATCH)
+        batch = self._exchange.take(self._batch)
         if batch:
             self._send_batch(batch)
         self._answered(Direction.OUT)
@@ -170,7 +171,10 @@ class Worker:
                 self._link.send([posted.outgoing for posted in sealed if posted.outgoing])
         except BaseException:
             self._exchange.unsent(sealed)
+            # One at a time next: what was taken of several before one failed would go twice.
+            self._batch = 1
             raise
+        self._batch = _BATCH
         self._exchange.sent(sealed)
 
     def _seal(self, posted: Posted) -> bool:

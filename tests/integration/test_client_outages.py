@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 from support.proxy import FaultyProxy
+from support.running import StartService
 
 from tamiyo_svc.adapters.embedded import EmbeddedRedis
 from tamiyo_svc.client import ClientSettings, State, TamiyoClient
@@ -45,7 +47,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def execute(redis: Redis, *commands: str) -> None:
+def execute(redis: Any, *commands: str) -> None:
     for command in commands:
         redis.execute_command(*command.split())
 
@@ -185,10 +187,10 @@ def test_a_packet_that_a_busy_server_refused_is_sent_when_it_has_time(
     execute(admin, "CONFIG SET lua-time-limit 1")
 
     def loop() -> None:
-        with Redis.from_url(server.url, socket_timeout=PATIENCE_S) as busy:
-            # It is killed.
-            with pytest.raises(ResponseError):
-                busy.eval("while true do end", 0)
+        url = server.url
+        # It is killed.
+        with Redis.from_url(url, socket_timeout=PATIENCE_S) as busy, pytest.raises(ResponseError):
+            busy.eval("while true do end", 0)
 
     script = threading.Thread(target=loop)
     script.start()
@@ -376,7 +378,7 @@ def test_a_clock_that_is_wrong_is_told_with_the_seconds(
         assert client.publish_packet(make_packet(step))
         assert client.flush(LONG_S)
         answer(admin, service, step)
-        eventually(lambda step=step: client.counters.rejected[reason] > step)
+        eventually(lambda: client.counters.rejected[reason] == client.counters.published)
         client.wait(step, 0.001)
     client.close()
     (told,) = lines(caplog)
@@ -397,6 +399,18 @@ def test_commands_of_another_secret_are_told_once(
     eventually(lambda: client.counters.rejected[CommandRejection.INVALID_SIGNATURE] == 6)
     client.close()
     (told,) = lines(caplog)
+    assert "ESPER_LEYLINE_SECRET" in told
+
+
+async def test_a_trainer_with_another_secret_than_the_real_service_is_told_to_look_at_it(
+    start_service: StartService, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await start_service()
+    with TamiyoClient(redis_url, Keyring(b"not the secret of the service"), RUN) as client:
+        await asyncio.to_thread(publish_and_wait, client, range(5))
+        await asyncio.to_thread(eventually, lambda: lines(caplog))
+    (told,) = lines(caplog)
+    assert "read from oona.normal by tamiyo and not answered" in told
     assert "ESPER_LEYLINE_SECRET" in told
 
 

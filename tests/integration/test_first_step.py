@@ -80,7 +80,7 @@ def test_pytest_finds_the_fixtures_where_the_guide_says_and_by_name(tmp_path: Pa
 def test_a_process_that_never_gets_a_thread_still_ends_without_a_word_too_many() -> None:
     done = run(
         "import threading, atexit\n"
-        "def refuse(thread): raise RuntimeError(\"can't start new thread\")\n"
+        'def refuse(thread): raise RuntimeError("can\'t start new thread")\n'
         "threading.Thread.start = refuse\n"
         "from tamiyo_svc.client import Keyring, State, TamiyoClient\n"
         "client = TamiyoClient('redis://127.0.0.1:1/0', Keyring(b'0123456789abcdef'), 'run')\n"

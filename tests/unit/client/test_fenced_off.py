@@ -155,15 +155,15 @@ def test_a_thread_that_was_killed_is_replaced(service: FakeService, client: Tami
     eventually(lambda: answered(client, 2))
 
 
-@pytest.mark.parametrize("owner", ["queue", "draft"])
+@pytest.mark.parametrize(("owner", "method"), [("queue", "append"), ("draft", "seal")])
 def test_no_memory_costs_packets_and_nothing_else(
-    owner: str, client: TamiyoClient, monkeypatch: pytest.MonkeyPatch
+    owner: str, method: str, client: TamiyoClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> Any:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Outbox, "append") if owner == "queue" else (PacketDraft, "seal")), fail)
+        patch.setattr(Outbox if owner == "queue" else PacketDraft, method, fail)
         client.publish(State(training_loss=1.0), 1)
         eventually(lambda: client.counters.unpublished == 1)
         assert client.wait(1, LONG_S) is None
@@ -259,7 +259,7 @@ def test_an_acknowledgement_of_nothing_is_logged(
     assert "cannot be acknowledged" in lines(caplog)[0]
 
 
-class InterruptedError_(Exception):
+class PreemptedError(Exception):
     """What a host's signal handler raises."""
 
 
@@ -267,13 +267,13 @@ def test_a_signal_handler_that_raises_ends_a_wait_and_reaches_its_host() -> None
     with FakeService(never_answer).client() as client:
 
         def handle(*_: object) -> None:
-            raise InterruptedError_
+            raise PreemptedError
 
         before = signal.signal(signal.SIGALRM, handle)
         try:
             client.publish(State(training_loss=1.0), 1)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
-            with pytest.raises(InterruptedError_):
+            with pytest.raises(PreemptedError):
                 client.wait(1, LONG_S)
         finally:
             signal.signal(signal.SIGALRM, before)
@@ -283,7 +283,7 @@ def test_a_signal_handler_that_raises_ends_a_wait_and_reaches_its_host() -> None
 
 def test_a_signal_handler_may_use_the_client_whatever_it_interrupts(service: FakeService) -> None:
     with service.client() as client:
-        handled = []
+        handled: list[int] = []
 
         def handle(*_: object) -> None:
             client.publish(State(training_loss=1.0), 1000 + len(handled))
