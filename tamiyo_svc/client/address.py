@@ -28,13 +28,12 @@ _ENCODE: Final = (
 _CREDENTIALS: Final = frozenset({"username", "password", "ssl_password"})
 _PASSED_ON: Final = _CREDENTIALS | {
     "db", "client_name", "socket_timeout", "socket_connect_timeout", "socket_keepalive",
-    "socket_read_size",
 }  # fmt: skip
 _DECIDED_HERE: Final = frozenset(
     {
         "protocol", "legacy_responses", "decode_responses", "encoding", "encoding_errors",
         "health_check_interval", "retry_on_timeout", "retry_on_error", "max_connections", "timeout",
-        "cache_max_size", "lib_name", "lib_version",
+        "cache_max_size", "lib_name", "lib_version", "socket_read_size",
     }
 )  # fmt: skip
 """Options that other programs with the same URL may need, and that change nothing here: the client
