@@ -14,8 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tamiyo_svc.adapters.logs import LogFormat, LogLevel
 from tamiyo_svc.leyline.partition import MAX_PARTITIONS
-from tamiyo_svc.risk.latency import MAX_STEPS
 from tamiyo_svc.leyline.signing import MIN_SECRET_BYTES, secret_text
+from tamiyo_svc.risk.latency import MAX_STEPS
 from tamiyo_svc.service.variables import setting
 from tamiyo_svc.taxonomy import BlendMode, CpuEngine, SeedOperations, TimeoutAction, WeightDtype
 
