@@ -294,7 +294,7 @@ class Exchange:
         """Keep a command; what is to be said about it."""
         self._misses = 0
         self._patience.succeeded()
-        lines = self._suspicion.accepted(command.command)
+        lines = [self._suspicion.accepted()]
         if not self._hands_out:
             self.counters.observed += 1
         elif self._is_awaited(command.packet_id):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import CommandRejection
 
 _REFUSALS: Final = 3
@@ -14,7 +13,6 @@ _MISSES: Final = 3
 """So many waits in a row without a command are none, nor are so many packets without one."""
 _PACKETS: Final = 20
 _LATE_WAITS: Final = 20
-_PAUSES: Final = 20
 _PATIENCE_S: Final = 0.5
 """A service that has just been started answers by then."""
 _WAITLESS_PATIENCE_S: Final = 5.0
@@ -38,8 +36,6 @@ _CAUSES: Final = {
         "run id?"
     ),
 }
-_NEUTRAL_REASONS: Final = frozenset({"", "policy"})
-"""What a pause says that the policy chose, or that no service sent."""
 
 
 class Suspicion:
@@ -59,9 +55,6 @@ class Suspicion:
         self._first_s = 0.0
         self._misses = 0
         self._late_told = False
-        self._pauses = 0
-        self._pause_reason = ""
-        self._paused: set[str] = set()
 
     @property
     def is_doubtful(self) -> bool:
@@ -93,12 +86,12 @@ class Suspicion:
         cause = "; ".join(part for part in (detail, _CAUSES.get(reason, "")) if part)
         return f"command refused: {reason}" + (f" ({cause})" if cause else "")
 
-    def accepted(self, command: leyline.AdaptationCommand) -> list[str]:
-        """Note a command that can be used; what is to be said."""
+    def accepted(self) -> str:
+        """Note a command that can be used; what is to be said, empty for nothing."""
         self._refusals = self._packets = 0
-        lines = ["commands can be used again"] if self._told else []
+        line = "commands can be used again" if self._told else ""
         self._told = False
-        return lines + self._pause(command)
+        return line
 
     def late(self, waited_s: float) -> str:
         """Note a command that nobody waits for any more; what is to be said, empty for nothing."""
@@ -130,15 +123,3 @@ class Suspicion:
     def _tell(self) -> None:
         self._told = True
         self._tell_from_s = self._monotonic() + _BETWEEN_S
-
-    def _pause(self, command: leyline.AdaptationCommand) -> list[str]:
-        reason = command.annotations.get("risk_reason", "")
-        if command.command_type != leyline.COMMAND_PAUSE or reason in _NEUTRAL_REASONS:
-            self._pauses = 0
-            return []
-        self._pauses = self._pauses + 1 if reason == self._pause_reason else 1
-        self._pause_reason = reason
-        if self._pauses < _PAUSES or reason in self._paused:
-            return []
-        self._paused.add(reason)
-        return [f"the service has paused this run for {_PAUSES} steps in a row: {reason}"]

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tamiyo_svc.client.suspicion import Suspicion
-from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.taxonomy import CommandRejection
 
 
@@ -16,12 +15,6 @@ class FakeTime:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-def pause(reason: str = "") -> leyline.AdaptationCommand:
-    return leyline.AdaptationCommand(
-        command_type=leyline.COMMAND_PAUSE, annotations={"risk_reason": reason}
-    )
 
 
 def unanswered(suspicion: Suspicion, steps: int) -> None:
@@ -65,8 +58,7 @@ def test_a_command_ends_silence_and_the_same_is_told_again_after_a_minute_at_mos
     suspicion = Suspicion(time)
     unanswered(suspicion, 3)
     assert suspicion.is_silent(last=True)
-    assert suspicion.accepted(pause()) == ["commands can be used again"]
-    assert suspicion.accepted(pause()) == []
+    assert [suspicion.accepted() for _ in range(2)] == ["commands can be used again", ""]
     unanswered(suspicion, 9)
     assert not suspicion.is_silent(last=True)
     time.now_s += 60.0
@@ -88,24 +80,6 @@ def test_a_refusal_is_reason_enough_for_silence() -> None:
     assert not suspicion.is_silent(last=True)
 
 
-def test_a_service_that_pauses_for_the_same_reason_is_told_once_a_reason() -> None:
-    suspicion = Suspicion(FakeTime())
-    for reason in ("policy", ""):
-        assert not any(suspicion.accepted(pause(reason)) for _ in range(100))
-    for reason in ("step_latency_high", "no_blueprint_candidates"):
-        told = [line for _ in range(100) for line in suspicion.accepted(pause(reason))]
-        assert len(told) == 1
-        assert told[0].endswith(reason)
-    assert not any(suspicion.accepted(pause("step_latency_high")) for _ in range(100))
-
-
-def test_a_pause_now_and_then_is_none_to_speak_of() -> None:
-    suspicion = Suspicion(FakeTime())
-    seed = leyline.AdaptationCommand(command_type=leyline.COMMAND_SEED)
-    for step in range(200):
-        assert suspicion.accepted(seed if step % 19 == 0 else pause("loss_spike")) == []
-
-
 def test_waits_that_are_too_short_are_told_once_commands_came_after_them() -> None:
     suspicion = Suspicion(FakeTime())
     for _ in range(19):
@@ -125,7 +99,7 @@ def test_whatever_comes_there_are_few_lines(events: list[str]) -> None:
         time.now_s += 0.1
         match event:
             case "accept":
-                told += len(suspicion.accepted(pause()))
+                told += bool(suspicion.accepted())
             case "refuse":
                 told += bool(suspicion.refused(CommandRejection.STALE, ""))
             case "miss":
