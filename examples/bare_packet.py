@@ -14,7 +14,7 @@ from redis import Redis
 
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
-secret = os.environ["ESPER_LEYLINE_SECRET"].encode()
+secret = os.environ["ESPER_LEYLINE_SECRET"].rstrip("\r\n").encode()
 loss = float(sys.argv[2]) if len(sys.argv) > 2 else 0.5
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +39,9 @@ class AsyncTamiyoClient(ClientCore):
         changed = asyncio.Event()
 
         def arrived() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            # A loop that was closed meanwhile has nobody left to tell.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
 
         deadline_s = self._exchange.begin(step, timeout_s, arrived)
         command = None
@@ -46,6 +50,8 @@ class AsyncTamiyoClient(ClientCore):
                 command = await self._arrival(step, deadline_s, changed)
         finally:
             self._exchange.end(timeout_s, missed=command is None)
+        if command is None:
+            self._ask()
         return command
 
     async def _arrival(
@@ -65,4 +71,10 @@ class AsyncTamiyoClient(ClientCore):
 
     async def aclose(self) -> None:
         """Send what is queued within the settings' `close_timeout_s`, then let go of the bus."""
-        await asyncio.to_thread(self._stop)
+        # Not the loop's own executor, whose end needs a thread more.
+        with ThreadPoolExecutor(1) as executor:
+            try:
+                await asyncio.get_running_loop().run_in_executor(executor, self._stop)
+            # Where there is no thread for it there was none to send either.
+            except RuntimeError:
+                self._stop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +18,21 @@ from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.drafts import Draft, Origin, PacketDraft, ReportDraft
 from tamiyo_svc.client.exchange import Exchange
 from tamiyo_svc.client.interpreter import PROMPT_RETURN
+from tamiyo_svc.client.notices import note
 from tamiyo_svc.client.packets import State, freeze
 from tamiyo_svc.client.spool import Spool
 from tamiyo_svc.client.transport import Link, Transport, TransportOptions
 from tamiyo_svc.client.verification import CommandVerifier, VerifiedCommand
 from tamiyo_svc.client.worker import Worker
+from tamiyo_svc.errors import in_brief
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 from tamiyo_svc.leyline.partition import reply_prefix, tag_of_run
 from tamiyo_svc.leyline.signing import Keyring
-from tamiyo_svc.taxonomy import AckOutcome, ClientMode
+from tamiyo_svc.taxonomy import AckOutcome, ClientMode, Direction
 
 NORMAL_STREAM: Final = "oona.normal"
-_LOG: Final = logging.getLogger("tamiyo.client")
 _STATE_VERSION: Final = 1
+_CURSOR: Final = re.compile(r"(\d+(-\d+)?)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,14 @@ class ClientSettings:
 class ClientCore:
     """One training run's client, but for its way of waiting; not to be shared between threads.
 
-    Nothing here blocks and nothing raises because of the bus, the service or what they send.
+    Nothing here blocks and nothing raises because of the bus, the service or what they send, of a
+    system that gives no thread or memory, or of a state that was saved by something else.
     `clock` is Unix time, `monotonic` measures waiting, both in seconds; `make_link` makes what
     stands in for the bus.
+
+    A copy, in this process or unpickled in another one, is a new client of the same run that has
+    sent nothing and refuses the commands that this one has accepted. The pickle holds the secret
+    and the URL with its password, without which the copy could not work: it is as secret as they.
 
     Raises:
         ValueError: no run id, or a URL or a number of partitions that cannot be one.
@@ -100,22 +109,40 @@ class ClientCore:
         self._redis_url = redis_url
         self._keyring = keyring
         self._make_link = make_link
-        self._clock = clock
-        self._monotonic = monotonic
+        self._given_clock = clock
+        self._given_monotonic = monotonic
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what is this object's alone."""
+        self._clock = _reliable(self._given_clock, time.time)
+        self._monotonic = _reliable(self._given_monotonic, time.monotonic)
         self._exchange = Exchange(
-            CommandVerifier(keyring, run_id),
+            CommandVerifier(self._keyring, self.run_id),
             max_entries=self.settings.max_entries,
             max_bytes=self.settings.max_queue_bytes,
             hands_out=self.settings.mode is ClientMode.ONLINE,
-            clock=clock,
-            monotonic=monotonic,
+            clock=self._clock,
+            monotonic=self._monotonic,
         )
         self._enabled = self.settings.mode is not ClientMode.DISABLED
         self._link: Link | None = None
         self._worker: Worker | None = None
+        self._finalizer: weakref.finalize[..., ClientCore] | None = None
+        self._threadless = False
         if self._enabled:
             self._renew()
             _LIVE.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in vars(self).items() if name not in _OWN}
+        return {**kept, "_saved": self.state_dict()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        saved = vars(self).pop("_saved")
+        self._begin()
+        self.load_state_dict(saved)
 
     def _renew(self) -> None:
         """Take a new identity and a new, unopened link."""
@@ -177,11 +204,11 @@ class ClientCore:
                 tuple(blueprint_ids),
                 traceparent,
             )
+            return draft.packet_id if self._post(draft) else ""
         # Whatever these hold, training goes on.
         except Exception as error:
-            self._exchange.refuse(step, str(error))
+            self._exchange.refuse(step, in_brief(error))
             return ""
-        return draft.packet_id if self._post(draft) else ""
 
     def publish_packet(
         self,
@@ -193,22 +220,26 @@ class ClientCore:
         """Queue a copy of a packet built elsewhere; False when it cannot be sent.
 
         Raises:
-            ValueError: the packet has no id or is of another run.
+            ValueError: the packet has no id or is of another run, a programming error.
         """
         if not self._enabled:
             return False
         if not packet.packet_id or packet.training_run_id != self.run_id:
             raise ValueError(f"not a packet of run {self.run_id!r}")
-        return self._post(
-            PacketDraft(
-                packet.SerializeToString(deterministic=True),
-                packet.packet_id,
-                packet.global_step,
-                packet.timestamp_ns,
-                tuple(blueprint_ids),
-                traceparent,
+        try:
+            return self._post(
+                PacketDraft(
+                    packet.SerializeToString(deterministic=True),
+                    packet.packet_id,
+                    packet.global_step,
+                    packet.timestamp_ns,
+                    tuple(blueprint_ids),
+                    traceparent,
+                )
             )
-        )
+        except Exception as error:
+            self._exchange.refuse(packet.global_step, in_brief(error))
+            return False
 
     def poll(self) -> VerifiedCommand | None:
         """The command for the step published last if it is there, without waiting."""
@@ -218,18 +249,21 @@ class ClientCore:
         """Report what became of a command."""
         if not self._enabled:
             return
-        command = leyline.AdaptationCommand()
-        command.CopyFrom(verified.command)
-        self._post(
-            ReportDraft(
-                command,
-                verified.packet_id,
-                verified.step_index,
-                outcome,
-                reason,
-                int(self._clock() * 1e9),
+        try:
+            command = leyline.AdaptationCommand()
+            command.CopyFrom(verified.command)
+            self._post(
+                ReportDraft(
+                    command,
+                    verified.packet_id,
+                    verified.step_index,
+                    outcome,
+                    reason,
+                    int(self._clock() * 1e9),
+                )
             )
-        )
+        except Exception as error:
+            note(logging.WARNING, "a command cannot be acknowledged: %s", in_brief(error))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs so that no command is applied twice; plain values."""
@@ -241,39 +275,108 @@ class ClientCore:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave; that of another run or version is left alone."""
-        if state.get("version") != _STATE_VERSION or state.get("run_id") != self.run_id:
-            return
-        self._exchange.restore(state["accepted_s"])
-        if self._link is not None and self._worker is None:
-            self._link.cursor = state["cursor"]
+        """Take over what `state_dict` gave; what that is not, or of another run, is left alone."""
+        problem = self._taken_over(state)
+        if problem:
+            note(logging.WARNING, "the client's saved state is left alone: %s", problem)
+
+    def _taken_over(self, state: Mapping[str, Any]) -> str:
+        """Take over a state; empty, or why it was not."""
+        try:
+            if state["version"] != _STATE_VERSION:
+                return f"it is of version {state['version']!r:.20}"
+            if state["run_id"] != self.run_id:
+                return f"it is of run {state['run_id']!r:.100}"
+            accepted_s = {str(name): float(at_s) for name, at_s in state["accepted_s"].items()}
+            cursor = state["cursor"]
+            if not _CURSOR.fullmatch(cursor) or not all(map(math.isfinite, accepted_s.values())):
+                return "it holds no ids and times"
+            self._exchange.restore(accepted_s)
+            if self._link is not None and self._worker is None:
+                self._link.cursor = cursor
+        # It comes out of a file that anything may have been done to.
+        except Exception as error:
+            return in_brief(error)
+        return ""
 
     def _post(self, draft: Draft) -> bool:
         if not self._exchange.post(draft):
             return False
         if self._worker is None or not self._worker.alive:
-            assert self._link is not None
-            self._worker = Worker(self._exchange, self._link, self._origin, self._monotonic)
-            self._finalizer = weakref.finalize(
-                self, self._worker.stop, self.settings.close_timeout_s
-            )
-        self._worker.wake()
+            self._start()
+        if self._worker is not None:
+            self._worker.wake()
         return True
 
-    def _stop(self) -> None:
-        if self._worker is not None:
+    def _start(self) -> None:
+        """Start the threads; without any what is queued waits until the next call gets them."""
+        assert self._link is not None
+        if self._finalizer is not None:
             self._finalizer.detach()
-            self._worker.stop(self.settings.close_timeout_s)
-            self._renew()
+        if self._threadless:
+            self._exchange.restarted()
+        try:
+            self._worker = Worker(self._exchange, self._link, self._origin)
+        # The system has none to give, or the interpreter is about to end.
+        except (RuntimeError, MemoryError) as error:
+            self._worker = None
+            self._exchange.failed(Direction.OUT, fault=True)
+            if not self._threadless:
+                note(logging.WARNING, "going on without Tamiyo: %s", error)
+            self._threadless = True
+            return
+        self._finalizer = weakref.finalize(self, self._worker.stop, self.settings.close_timeout_s)
+        if self._threadless:
+            self._threadless = False
+            note(logging.WARNING, "there are threads for Tamiyo again")
+
+    def _ask(self) -> None:
+        """Let the client's thread look why no command comes, if there is reason to."""
+        if self._worker is not None and self._exchange.is_doubtful:
+            self._worker.wake()
+
+    def _stop(self) -> None:
+        try:
+            if self._worker is not None:
+                if self._finalizer is not None:
+                    self._finalizer.detach()
+                self._worker.stop(self.settings.close_timeout_s)
+                self._renew()
+            else:
+                self._exchange.discard()
+        except Exception as error:
+            note(logging.WARNING, "closing: %s", in_brief(error))
 
     def _forked(self) -> None:
         """Leave the parent's thread, connections and queue to the parent."""
-        if self._worker is not None:
+        if self._finalizer is not None:
             self._finalizer.detach()
         _ABANDONED.append(self._link)
         self._exchange.reset()
         self._renew()
 
+
+def _reliable(clock: Callable[[], float], system: Callable[[], float]) -> Callable[[], float]:
+    """The clock, or the system's where it raises."""
+    if clock is system:
+        return system
+
+    def read() -> float:
+        try:
+            return clock()
+        except Exception:
+            return system()
+
+    return read
+
+
+_OWN: Final = frozenset(
+    {
+        "_clock", "_monotonic", "_exchange", "_enabled", "_link", "_worker", "_finalizer",
+        "_threadless", "_incarnation", "_origin",
+    }
+)  # fmt: skip
+"""What a copy of a client makes for itself."""
 
 _LIVE: Final[weakref.WeakSet[ClientCore]] = weakref.WeakSet()
 _ABANDONED: Final[list[Link | None]] = []

@@ -17,16 +17,19 @@ from tamiyo_svc.client.circuit import Circuit
 from tamiyo_svc.client.counters import ClientCounters
 from tamiyo_svc.client.drafts import Draft, Outgoing, PacketDraft
 from tamiyo_svc.client.interpreter import PROMPT_RETURN
+from tamiyo_svc.client.notices import note
 from tamiyo_svc.client.outbox import Outbox, Posted
+from tamiyo_svc.client.suspicion import Suspicion
 from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.client.verification import CommandRejectedError, CommandVerifier, VerifiedCommand
 from tamiyo_svc.leyline.envelope import DEFAULT_MAX_BYTES
 from tamiyo_svc.taxonomy import Direction
 
-_LOG: Final = logging.getLogger("tamiyo.client")
 _NOBODY: Final = ("", -1)
 _MISSES_IN_A_ROW: Final = 3
 """After this many the service counts as silent and waiting stops for a while."""
+_MAX_REFUSALS: Final = 8
+"""Kinds of refusals that are logged, each the first time."""
 
 
 class Exchange:
@@ -55,7 +58,8 @@ class Exchange:
         self._hands_out = hands_out
         self._clock = clock
         self._monotonic = monotonic
-        self._lock = threading.Lock()
+        # A signal's handler runs in the training thread and may call the client from within.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(max_entries, max_bytes)
         self._in_flight = 0
@@ -63,7 +67,15 @@ class Exchange:
         self._command: VerifiedCommand | None = None
         self._patience = Circuit()
         self._misses = 0
+        self._last_wait_s = 0.0
         self._arrived: Callable[[], None] | None = None
+        self._suspicion = Suspicion(monotonic)
+        self._refusals_told: set[str] = set()
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether there is reason to look whether anybody answers."""
+        return self._suspicion.is_doubtful and self.reachable is not False
 
     @property
     def queued_bytes(self) -> int:
@@ -72,7 +84,7 @@ class Exchange:
 
     def reset(self) -> None:
         """Start anew in a forked child, where whoever held the lock does not exist."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox.take(len(self._outbox))
         self._in_flight = 0
@@ -81,6 +93,7 @@ class Exchange:
         self.reachable = None
         self._away.clear()
         self.counters = ClientCounters()
+        self._suspicion = Suspicion(self._monotonic)
 
     def restore(self, accepted_s: Mapping[str, float]) -> None:
         """Refuse these commands too."""
@@ -93,20 +106,21 @@ class Exchange:
         False when it is larger than any reader takes.
         """
         posted = Posted(draft, draft.size_bytes)
+        fits = not posted.is_packet or posted.size_bytes <= self._largest_bytes
         with self._lock:
             if isinstance(draft, PacketDraft):
                 self._retire_command()
-                if posted.size_bytes > self._largest_bytes:
-                    self.counters.unpublished += 1
-                    return False
-                self._awaited = (draft.packet_id, draft.step)
-            self._count_dropped(self._outbox.append(posted))
-        return True
+                if fits:
+                    self._awaited = (draft.packet_id, draft.step)
+            if fits:
+                self._count_dropped(self._outbox.append(posted))
+        if not fits:
+            self.refuse(draft.step, "it is too large")
+        return fits
 
     def refuse(self, step: int, reason: str, posted: Posted | None = None) -> None:
         """Give up a packet that cannot be built; whoever waits for its command need not."""
         with self._lock:
-            first = not self.counters.unpublished
             self.counters.unpublished += posted is None or posted.is_packet
             if posted is None or self._is_awaited(posted.draft.packet_id):
                 self._retire_command()
@@ -114,8 +128,11 @@ class Exchange:
             if posted is not None:
                 self._in_flight -= 1
                 self._changed.notify_all()
+            kind = reason.partition(":")[0]
+            first = kind not in self._refusals_told and len(self._refusals_told) < _MAX_REFUSALS
+            self._refusals_told.add(kind)
         if first:
-            _LOG.warning("step %s cannot be published: %s", step, reason)
+            note(logging.WARNING, "step %s cannot be published: %s", step, reason)
 
     def sealed(self, posted: Posted, outgoing: Outgoing) -> bool:
         """Note the sealed form of what `take` gave; an answer to it is expected from now on.
@@ -144,6 +161,7 @@ class Exchange:
             packets = sum(entry.is_packet for entry in batch)
             self.counters.published += packets
             self.counters.acknowledged += len(batch) - packets
+            self._suspicion.sent(packets)
             self._in_flight = 0
             self._changed.notify_all()
 
@@ -189,22 +207,37 @@ class Exchange:
     def deliver(self, entries: Iterable[Entry]) -> None:
         """Verify what arrived on the reply stream and keep the command that is waited for."""
         for entry in entries:
+            lines = []
             try:
                 authentic = self.verifier.open(entry)
                 with self._lock:
                     command = self.verifier.accept(authentic, self._clock())
-                    self._keep(command)
+                    lines = self._keep(command)
             except CommandRejectedError as error:
-                if not self.counters.rejected[error.reason]:
-                    _LOG.warning("command refused: %s", error.reason)
-                self.counters.rejected[error.reason] += 1
-                continue
-            if not self._hands_out:
-                _LOG.info(
-                    "command %s for step %d observed, not applied",
-                    command.command.command_id,
-                    command.step_index,
-                )
+                with self._lock:
+                    self.counters.rejected[error.reason] += 1
+                    lines = [self._suspicion.refused(error.reason, error.detail)]
+            else:
+                if not self._hands_out:
+                    note(
+                        logging.INFO,
+                        "command %s for step %d observed, not applied",
+                        command.command.command_id,
+                        command.step_index,
+                    )
+            for line in filter(None, lines):
+                note(logging.WARNING, "%s", line)
+
+    def is_silent(self, *, last: bool) -> bool:
+        """Whether it is time to say that nobody answers; with `last` there will be no better."""
+        with self._lock:
+            return self.reachable is not False and self._suspicion.is_silent(last=last)
+
+    def restarted(self) -> None:
+        """Forget that nothing could be sent for want of a thread."""
+        with self._lock:
+            self._away.clear()
+            self.reachable = None
 
     def wait(self, step: int, timeout_s: float) -> VerifiedCommand | None:
         """Block until the command for `step`, the last one posted, is there or time is up."""
@@ -257,9 +290,11 @@ class Exchange:
                 self._changed.wait(left_s)
         return True
 
-    def _keep(self, command: VerifiedCommand) -> None:
+    def _keep(self, command: VerifiedCommand) -> list[str]:
+        """Keep a command; what is to be said about it."""
         self._misses = 0
         self._patience.succeeded()
+        lines = [self._suspicion.accepted()]
         if not self._hands_out:
             self.counters.observed += 1
         elif self._is_awaited(command.packet_id):
@@ -267,6 +302,8 @@ class Exchange:
             self._notify()
         else:
             self.counters.late += 1
+            lines.append(self._suspicion.late(self._last_wait_s))
+        return lines
 
     def _is_awaited(self, packet_id: str) -> bool:
         return packet_id == self._awaited[0]
@@ -291,6 +328,7 @@ class Exchange:
         self._command = None
         self._awaited = _NOBODY
         self.counters.received += 1
+        self._suspicion.taken()
         return command
 
     def _missed(self, timeout_s: float) -> None:
@@ -298,6 +336,8 @@ class Exchange:
         now_s = self._monotonic()
         waited = timeout_s > 0.0 and self.reachable is not False and self._hands_out
         if waited and self._patience.allows(now_s):
+            self._last_wait_s = timeout_s
+            self._suspicion.missed()
             self._misses += 1
             if self._misses >= _MISSES_IN_A_ROW:
                 self._patience.failed(now_s)

@@ -20,7 +20,8 @@ class PromptReturn:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may come in while its own thread holds the lock.
+        self._lock = threading.RLock()
         self._inside = 0
         self._before_s = 0.0
         self._lowered_s = 0.0
@@ -46,7 +47,7 @@ class PromptReturn:
 
     def reset(self) -> None:
         """Forget, in a forked child, who was inside in the parent."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if self._inside:
             self._restore()
             self._inside = 0

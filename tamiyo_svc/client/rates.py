@@ -61,7 +61,7 @@ class OptimizerRate:
         self._schedulers = list(_flatten(scheduler))
         self._searched = self._set_elsewhere = self._changed = False
         register = getattr(self.optimizer, "register_load_state_dict_post_hook", None)
-        self._hook = None if register is None else register(lambda _: self._resume())
+        self._hook = None if register is None else register(self._loaded)
         self._resume()
         self._marks = _mark(self.optimizer)
 
@@ -208,6 +208,10 @@ class OptimizerRate:
         except TypeError:
             return False
         return True
+
+    def _loaded(self, _: object) -> None:
+        # A method, unlike a lambda, can be pickled for a process that is spawned.
+        self._resume()
 
     def _resume(self) -> None:
         """Hold the scheduler again where a checkpoint brings a change that needs it."""

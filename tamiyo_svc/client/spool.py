@@ -74,6 +74,10 @@ class Spool:
     def interrupt(self) -> None:
         """Do nothing."""
 
+    def readers(self, stream: str) -> str:
+        """Nobody: it is a file."""
+        return f"{stream} is spooled to {self._path}"
+
     def _next_id(self) -> str:
         now_ms = int(self._clock() * 1e3)
         last_ms, number = self._last

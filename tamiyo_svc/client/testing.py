@@ -1,20 +1,20 @@
-"""Test a trainer without Redis: a service in the same process, and pytest fixtures.
+"""Test a trainer without Redis: a service in the same process.
 
+Packets and commands are sealed, signed and verified as on a real bus; only the bus is missing.
 `pytest_plugins = ["tamiyo_svc.client.testing"]` in a conftest brings the fixtures
-`tamiyo_service` and `tamiyo_client`. Packets and commands are sealed, signed and verified as on
-a real bus; only the bus is missing.
+`tamiyo_service` and `tamiyo_client` of `tamiyo_svc.client.pytest_plugin`.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, TypeVar
-
-import pytest
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from tamiyo_svc.client.aio import AsyncTamiyoClient
 from tamiyo_svc.client.client import TamiyoClient
@@ -23,9 +23,17 @@ from tamiyo_svc.client.drafts import Outgoing
 from tamiyo_svc.client.transport import Entry
 from tamiyo_svc.errors import BusError
 from tamiyo_svc.leyline import leyline_pb2 as leyline
-from tamiyo_svc.leyline.envelope import open_envelope, parse_payload, seal
+from tamiyo_svc.leyline.envelope import (
+    EnvelopeRejectedError,
+    open_envelope,
+    parse_payload,
+    seal,
+)
 from tamiyo_svc.leyline.signing import Keyring
 from tamiyo_svc.taxonomy import NEXT_SEED_OPERATIONS
+
+pytest_plugins = ("tamiyo_svc.client.pytest_plugin",)
+"""What pytest loads with this module; nothing else needs pytest."""
 
 KEYRING: Final = Keyring(b"a secret for tests alone")
 LONG_S: Final = 10.0
@@ -96,36 +104,42 @@ def never_answer(_: leyline.SystemStatePacket) -> Iterable[leyline.AdaptationCom
     return ()
 
 
-def grow(blueprint_id: str) -> Script:
+@dataclass(frozen=True, slots=True)
+class grow:  # noqa: N801 - a script like the functions above, that other processes can have too
     """A script: the first seed that is still on its way gets its next operation, else pause."""
 
-    def answer(packet: leyline.SystemStatePacket) -> Iterable[leyline.AdaptationCommand]:
+    blueprint_id: str
+
+    def __call__(self, packet: leyline.SystemStatePacket) -> Iterable[leyline.AdaptationCommand]:
         for seed in packet.seed_states:
             operation = NEXT_SEED_OPERATIONS.get(seed.stage)
             if operation is not None:
-                yield make_seed_command(seed.seed_id, operation, blueprint_id)
+                yield make_seed_command(seed.seed_id, operation, self.blueprint_id)
                 return
         yield make_pause()
-
-    return answer
 
 
 class FakeService:
     """Answers packets as a script says, signed as Tamiyo would.
 
     Whatever a command lacks of what ties it to its packet is filled in. Set `reachable` to False
-    for a bus that is away. `packets` and `reports` hold what arrived, in order.
+    for a bus that is away, and `clock_offset_s` for a service whose clock is that many seconds
+    ahead. `packets` and `reports` hold what arrived, in order, `refused` the reasons of what the
+    service would have moved to its dead-letter stream, as with a client of another secret. A copy
+    is a service of its own, also in another process if the script can be pickled.
     """
 
     def __init__(self, script: Script = always_pause, keyring: Keyring = KEYRING) -> None:
         self.script = script
         self.reachable = True
+        self.clock_offset_s = 0.0
         self.packets: list[leyline.SystemStatePacket] = []
         self.reports: list[leyline.FieldReport] = []
+        self.refused: list[str] = []
         self._keyring = keyring
         # A resumed run refuses the commands it had before, from whatever service.
         self._name = f"command-{os.urandom(4).hex()}"
-        self._numbers = itertools.count(1)
+        self._signed = 0
 
     def client(
         self,
@@ -157,12 +171,16 @@ class FakeService:
             keyring or self._keyring,
             run_id,
             settings or ClientSettings(max_wait_s=LONG_S),
-            make_link=lambda: _FakeLink(self),
+            make_link=partial(_FakeLink, self),
         )
 
     def receive(self, outgoing: Outgoing) -> list[Entry]:
         """Take one entry and return the answers to it."""
-        message = parse_payload(open_envelope(outgoing.envelope.fields(), self._keyring))
+        try:
+            message = parse_payload(open_envelope(outgoing.envelope.fields(), self._keyring))
+        except EnvelopeRejectedError as error:
+            self.refused.append(error.reason)
+            return []
         if isinstance(message, leyline.FieldReport):
             self.reports.append(message)
             return []
@@ -175,10 +193,11 @@ class FakeService:
         self, command: leyline.AdaptationCommand, packet: leyline.SystemStatePacket
     ) -> dict[bytes, bytes]:
         """Complete, sign and seal a command for a packet."""
+        self._signed += 1
         answer = leyline.AdaptationCommand(
-            version=1, command_id=f"{self._name}-{next(self._numbers)}", issued_by="tamiyo"
+            version=1, command_id=f"{self._name}-{self._signed}", issued_by="tamiyo"
         )
-        answer.issued_at.FromNanoseconds(time.time_ns())
+        answer.issued_at.FromNanoseconds(time.time_ns() + int(self.clock_offset_s * 1e9))
         answer.annotations.update(
             training_run_id=packet.training_run_id,
             packet_id=packet.packet_id,
@@ -222,19 +241,23 @@ class _FakeLink:
     def interrupt(self) -> None:
         self._arrived.put(None)
 
+    def readers(self, stream: str) -> str:
+        if self._service.refused:
+            return (
+                f"the packets on {stream} are refused ({self._service.refused[-1]}): is the secret "
+                "(ESPER_LEYLINE_SECRET) the service's?"
+            )
+        return f"the packets on {stream} are read and not answered"
+
     def _check(self) -> None:
         if not self._service.reachable:
             raise BusError("the fake bus is away")
 
 
-@pytest.fixture
-def tamiyo_service() -> FakeService:
-    """A service that answers every packet with a pause until its script is replaced."""
-    return FakeService()
+if not TYPE_CHECKING:
 
-
-@pytest.fixture
-def tamiyo_client(tamiyo_service: FakeService) -> Iterator[TamiyoClient]:
-    """A client of `tamiyo_service`."""
-    with tamiyo_service.client() as client:
-        yield client
+    def __getattr__(name: str) -> object:
+        """The fixtures, for a conftest that imports them from here."""
+        if name not in ("tamiyo_service", "tamiyo_client"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module("tamiyo_svc.client.pytest_plugin"), name)

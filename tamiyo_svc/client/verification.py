@@ -38,13 +38,14 @@ _REJECTIONS: Final = {
 
 
 class CommandRejectedError(TamiyoError):
-    """A command that must not be applied; `reason` says why."""
+    """A command that must not be applied; `reason` says why, `detail` more if there is more."""
 
     label = "command_rejected"
 
-    def __init__(self, reason: CommandRejection) -> None:
-        super().__init__(str(reason))
+    def __init__(self, reason: CommandRejection, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,15 @@ class CommandVerifier:
         if not command.command_id or not command.HasField("issued_at"):
             raise CommandRejectedError(CommandRejection.MISSING_IDENTITY)
         age_s = now_s - (command.issued_at.seconds + 1e-9 * command.issued_at.nanos)
-        if age_s > MAX_AGE_S:
-            raise CommandRejectedError(CommandRejection.STALE)
+        if not age_s <= MAX_AGE_S:
+            raise CommandRejectedError(
+                CommandRejection.STALE, f"issued {age_s:.0f} s ago by this machine's clock"
+            )
         if age_s < -MAX_AHEAD_S:
-            raise CommandRejectedError(CommandRejection.FROM_THE_FUTURE)
+            raise CommandRejectedError(
+                CommandRejection.FROM_THE_FUTURE,
+                f"issued {-age_s:.0f} s from now by this machine's clock",
+            )
         self._forget(now_s)
         if command.command_id in self._accepted_s:
             raise CommandRejectedError(CommandRejection.REPLAYED)

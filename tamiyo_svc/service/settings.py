@@ -21,9 +21,9 @@ from pydantic_settings import (
 
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline.partition import tags
-from tamiyo_svc.leyline.signing import Keyring
+from tamiyo_svc.leyline.signing import MIN_SECRET_BYTES, Keyring, secret_text
 from tamiyo_svc.risk.thresholds import Thresholds
-from tamiyo_svc.service.settings_table import MIN_SECRET_BYTES, SettingsTable
+from tamiyo_svc.service.settings_table import SettingsTable
 from tamiyo_svc.service.variables import Variable, describe, redacted, shown
 
 _SQLITE_PREFIX: Final = "sqlite:///"
@@ -239,12 +239,17 @@ def _secret_from_file(name: str, layers: Mapping[Origin, Mapping[str, object]]) 
         return None
     path = Path(str(layer[variable]))
     try:
-        # Editors and `echo` end a file with a newline that is no part of the secret.
-        text = path.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        detail = getattr(error, "strerror", None) or "not UTF-8 text"
+        data = path.read_bytes()
+    except OSError as error:
+        detail = error.strerror
         raise ConfigurationError(
             f"{variable}: got {str(path)!r} ({detail}), takes {_BY_NAME[variable].takes}"
+        ) from None
+    try:
+        text = secret_text(data)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{variable}: the secret in {str(path)!r}: {error}, takes {_BY_NAME[name].takes}"
         ) from None
     if len(text.encode()) < MIN_SECRET_BYTES:
         raise ConfigurationError(
@@ -266,7 +271,10 @@ def _worded(detail: ErrorDetails) -> str:
         return str(detail["ctx"]["error"])
     key = str(detail["loc"][0])
     variable = _BY_NAME[_NAMES.get(key, key)]
-    got = "" if variable.is_secret else f"got {shown(detail['input'])}, "
+    got = f"got {shown(detail['input'])}"
+    if variable.is_secret:
+        got = str(detail.get("ctx", {}).get("error", ""))
+    got = f"{got}, " if got else ""
     return f"{variable.name}: {got}takes {variable.takes}"
 
 

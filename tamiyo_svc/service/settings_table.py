@@ -6,7 +6,7 @@ import re
 import socket
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
@@ -14,11 +14,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tamiyo_svc.adapters.logs import LogFormat, LogLevel
 from tamiyo_svc.leyline.partition import MAX_PARTITIONS
+from tamiyo_svc.leyline.signing import MIN_SECRET_BYTES, secret_text
 from tamiyo_svc.risk.latency import MAX_STEPS
 from tamiyo_svc.service.variables import setting
 from tamiyo_svc.taxonomy import BlendMode, CpuEngine, SeedOperations, TimeoutAction, WeightDtype
-
-MIN_SECRET_BYTES: Final = 16
 
 
 def _check_redis_url(url: str) -> str:
@@ -35,9 +34,11 @@ def _check_redis_url(url: str) -> str:
 
 
 def _check_secret(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
-        raise ValueError("too short")
-    return secret
+    """The secret as `secret_text` gives it; the error says what else than short it is."""
+    text = secret_text(secret.get_secret_value())
+    if len(text.encode()) < MIN_SECRET_BYTES:
+        raise ValueError("")
+    return SecretStr(text)
 
 
 def _known_blend_mode(value: object) -> object:

@@ -16,14 +16,16 @@ from tamiyo_svc.client import AckOutcome, ClientMode, ClientSettings, State
 from tamiyo_svc.client.capture import read_capture
 from tamiyo_svc.client.client import from_environment
 from tamiyo_svc.client.packets import build_packet, build_report, freeze
+from tamiyo_svc.client.pytest_plugin import (
+    tamiyo_client,  # noqa: F401  a fixture
+    tamiyo_service,  # noqa: F401  a fixture
+)
 from tamiyo_svc.client.run import RunSettings
 from tamiyo_svc.client.testing import (
     LONG_S,
     FakeService,
     make_packet,
     never_answer,
-    tamiyo_client,  # noqa: F401  a fixture
-    tamiyo_service,  # noqa: F401  a fixture
 )
 from tamiyo_svc.errors import ConfigurationError
 from tamiyo_svc.leyline import leyline_pb2 as leyline

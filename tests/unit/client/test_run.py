@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from tamiyo_svc.client import AckOutcome
+from tamiyo_svc.client.distributed import RankedClient
 from tamiyo_svc.client.run import RunSettings, TamiyoRun
 from tamiyo_svc.client.seeds import SeedBank
 from tamiyo_svc.client.testing import (
@@ -344,3 +347,13 @@ def test_whatever_breaks_in_its_part_training_goes_on(caplog: pytest.LogCaptureF
             assert run.end_step(step, 1.0).verified is not None
         assert last_metrics(service, run)["loss"] == 1.0
     assert caplog.text.count("measuring failed") == 1
+
+
+@pytest.mark.parametrize("duplicate", [lambda run: pickle.loads(pickle.dumps(run)), copy.deepcopy])
+def test_a_run_and_a_ranked_client_can_be_copied_and_go_on(
+    duplicate: Callable[[Any], Any],
+) -> None:
+    client = FakeService().client()
+    for owner in (client, RankedClient(client)):
+        with duplicate(TamiyoRun(owner, optimizer=optimizer(), settings=WAITING)) as run:
+            assert run.end_step(1, 0.5).verified is not None

@@ -459,7 +459,7 @@ def test_the_password_of_a_refused_url_is_not_shown(password: str) -> None:
 
 @given(secret=st.text(st.characters(codec="ascii", exclude_characters="\x00"), min_size=16))
 def test_secrets_are_in_no_representation(secret: str) -> None:
-    marked = "§" + secret
+    marked = f"§{secret}§"
     settings = Settings(secret=SecretStr(marked), secret_previous=SecretStr(marked))
     for text in (repr(settings), str(settings), str(settings.public_values())):
         assert marked not in text
