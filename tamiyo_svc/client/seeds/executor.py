@@ -26,6 +26,8 @@ from tamiyo_svc.client.seeds.lifecycle import (
 from tamiyo_svc.client.seeds.ranks import WORLD
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
+_MEASURE_EVERY_STEPS: Final = 10
+"""Evaluations are the caller's and may take long, while commands come at every step."""
 _PATIENCE_STEPS: Final = 120
 """A seed that has trained this long and still does not help never will."""
 _LR_DELTA: Final = "lr_delta"
@@ -208,9 +210,10 @@ class CommandExecutor:
 
     def _facts(self, seed: Seed) -> GateFacts:
         def impact() -> Impact | None:
-            measured = self._measure(seed)
-            seed.impact = 0.0 if measured is None else measured.difference
-            return measured
+            if seed.worth is None or seed.steps_in_stage >= seed.worth_since + _MEASURE_EVERY_STEPS:
+                seed.worth, seed.worth_since = self._measure(seed), seed.steps_in_stage
+                seed.impact = 0.0 if seed.worth is None else seed.worth.difference
+            return seed.worth
 
         return GateFacts(
             steps_in_stage=seed.steps_in_stage,

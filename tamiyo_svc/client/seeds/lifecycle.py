@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tamiyo_svc.client.seeds.blending import Mixing, Schedule
-from tamiyo_svc.client.seeds.gates import GateFailure
+from tamiyo_svc.client.seeds.gates import GateFailure, Impact
 from tamiyo_svc.leyline import leyline_pb2 as leyline
 
 DORMANT: Final = leyline.SEED_STAGE_DORMANT
@@ -100,6 +100,9 @@ class Seed:
         self.loss_fast = math.nan
         self.loss_slow = math.nan
         self.impact = 0.0
+        self.worth: Impact | None = None
+        """What it was worth when last measured in this stage, after `worth_since` steps in it."""
+        self.worth_since = 0
         self.gradients_finite = True
         self.had_gradient = False
         """Whether any gradient but zero has reached it."""
@@ -212,6 +215,7 @@ class Seed:
         """Note the stage reached."""
         self.stage = stage
         self.steps_in_stage = 0
+        self.worth = None
         if stage == TRAINING:
             self.loss_fast = self.loss_slow = math.nan
 

@@ -21,6 +21,7 @@ from tamiyo_svc.client.seeds import SeedBank
 from tamiyo_svc.client.testing import (
     LONG_S,
     FakeService,
+    grow,
     make_optimizer_command,
     make_pause,
     make_seed_command,
@@ -357,3 +358,32 @@ def test_a_run_and_a_ranked_client_can_be_copied_and_go_on(
     for owner in (client, RankedClient(client)):
         with duplicate(TamiyoRun(owner, optimizer=optimizer(), settings=WAITING)) as run:
             assert run.end_step(1, 0.5).verified is not None
+
+
+def test_a_slow_evaluation_is_not_asked_for_at_every_command() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    inputs, labels = torch.randn(16, 4), torch.arange(16) % 2
+    asked: list[bool] = []
+
+    def evaluate() -> float:
+        """The seed seems to do harm, each time another."""
+        left_out = bool(getattr(seed.slot, "silent", False))
+        asked.append(left_out)
+        return 1.0 if left_out else 5.0 + len(asked)
+
+    bank = SeedBank(model, evaluate=evaluate)
+    seed = bank.attach("1")
+    model(inputs)
+    service = FakeService(grow("seed-residual-mlp"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with TamiyoRun(service.client(), optimizer=optimizer, bank=bank, settings=WAITING) as run:
+        for step in range(1, 61):
+            run.end_step(
+                step,
+                1.0,
+                isolated_loss=lambda: torch.nn.functional.cross_entropy(model(inputs), labels),
+            )
+    assert seed.stage_name == "TRAINING"
+    measurements = 1 + (60 - 24) // 10
+    assert 0 < len(asked) <= 9 * measurements
