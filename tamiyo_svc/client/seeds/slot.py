@@ -95,6 +95,7 @@ class Slot(nn.Module):
         self._changes = 0
         self._copied_changes = 0
         self._handle = host.register_forward_hook(self)
+        _notice_hooks_when_compiling()
 
     @property
     def seed(self) -> nn.Module | None:
@@ -409,3 +410,15 @@ def _is_channels_last(tensor: Tensor) -> bool:
     if tensor.ndim != 4 or hasattr(tensor, "to_local"):
         return False
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _notice_hooks_when_compiling() -> None:
+    """Let what is compiled for a module without hooks serve no module that has some.
+
+    Modules of one class share compiled code where each block of a network is compiled, or sharded,
+    on its own; torch checks by default everything but their hooks.
+    """
+    # Takes a second to import, as does any optimizer; `torch.compile` has no other way to be told.
+    from torch._dynamo import config
+
+    config.skip_nnmodule_hook_guards = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -177,6 +178,38 @@ def test_a_place_is_known_when_its_network_has_run_compiled_only() -> None:
         torch.compile(model, backend="aot_eager")(INPUTS)
         assert seed.slot.channels == 16
         assert bank.build(seed, "it") is not None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + torch.relu(self.inner(features))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("place", ["0.inner", "1.inner", "2"])
+def test_blocks_compiled_on_their_own_grow_like_the_network_that_is_not(place: str) -> None:
+    with fresh_compiler():
+        torch.manual_seed(0)
+        model = nn.Sequential(Block(), Block(), Block())
+        bank = SeedBank(model, {"it": lambda channels: nn.Linear(channels, channels)})
+        seed = bank.attach(place)
+        twin = copy.deepcopy(model)
+        for block in model:
+            block.compile(backend="aot_eager")
+        assert torch.allclose(model(INPUTS), twin(INPUTS), atol=1e-6)
+        without = model(INPUTS)
+        seed.germinate("it", bank.build(seed, "it"), learning_rate=1e-3, epoch=1)
+        for alpha in (0.5, 1.0):
+            seed.slot.alpha = alpha
+            bank.average(twin, 1.0)
+            assert torch.allclose(model(INPUTS), twin(INPUTS), atol=1e-6)
+            assert not torch.allclose(model(INPUTS), without)
+        seed.slot.alpha = 0.0
+        assert torch.allclose(model(INPUTS), without)
 
 
 WAYS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
