@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench chaos soak campaign plain client-matrix lint types imports rules generated check protos docs clean
+.PHONY: demo test stacks bench chaos soak campaign plain client-matrix lint types imports rules generated check protos docs clean
 
 demo: $(READY)
 	$(BIN)/tamiyo demo
@@ -27,6 +27,10 @@ plain: $(READY)
 
 client-matrix: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/packages/client_matrix.py
+
+# Half an hour on two cores.
+stacks: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m stacks.matrix docs/training-stacks.md
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.parts

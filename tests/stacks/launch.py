@@ -46,9 +46,7 @@ def run_cells(cells: Sequence[Cell], told: Told = lambda cell, verdict: None) ->
     return verdicts
 
 
-def _train(
-    cells: Sequence[Cell], *, bare: bool
-) -> Iterator[tuple[Cell, list[Observation] | None]]:
+def _train(cells: Sequence[Cell], *, bare: bool) -> Iterator[tuple[Cell, list[Observation] | None]]:
     """What the ranks saw of each cell, None where they came to no end, which is the last then."""
     ranks = cells[0].ranks
     with tempfile.TemporaryDirectory() as name, _processes(Path(name), cells, bare) as processes:

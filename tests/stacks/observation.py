@@ -55,7 +55,7 @@ class Observation:
         """Keep what the packets say."""
         for packet in service.packets:
             metrics = packet.training_metrics
-            norm = metrics["gradient_norm"] if "gradient_norm" in metrics else None
+            norm = metrics.get("gradient_norm")
             self.packets.append((packet.global_step, packet.training_loss, norm))
             self.violations += metrics["kasmina.isolation.violations"]
 
@@ -65,9 +65,10 @@ class Observation:
         """Keep what the seed does to a loss, with and without what is around the network."""
         (seed,) = bank.seeds
         self.effect = [float(trained().detach()), float(bare().detach())]
-        seed.slot.silent = True
+        slot: Any = seed.slot
+        slot.silent = True
         self.effect.append(float(bare().detach()))
-        seed.slot.silent = False
+        slot.silent = False
 
     def note_network(self, network: nn.Module, bank: SeedBank, place: str) -> None:
         """Keep how the network and its seed ended."""

@@ -139,9 +139,7 @@ def _loss(cell: Cell, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(logits.float(), batch[1])
 
 
-def _isolated(
-    cell: Cell, network: nn.Module, batch: tuple[Tensor, Tensor]
-) -> Callable[[], Tensor]:
+def _isolated(cell: Cell, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
     return lambda: _loss(cell, network, batch)
 
 

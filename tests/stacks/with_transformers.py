@@ -97,9 +97,7 @@ def _train(
         bank = SeedBank(model)
         bank.attach(_PLACE)
         client = RankedClient(service.client() if is_talker() else None)
-        callbacks.append(
-            TamiyoCallback(client, bank=bank, settings=WAITING, on_step=seen.note_end)
-        )
+        callbacks.append(TamiyoCallback(client, bank=bank, settings=WAITING, on_step=seen.note_end))
     look = Probe(seen, stop_at)
     trainer = Trainer(model, arguments, train_dataset=_texts(), callbacks=[*callbacks, look])
     trainer.train(resume_from_checkpoint=checkpoint)
