@@ -11,13 +11,13 @@ from stacks.page import read_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "training-stacks.md"
 ALONE = (
-    "plain, fp16 with GradScaler, single, accumulated",
-    "Lightning, autocast bf16, single, compiled",
+    "plain, fp16 with GradScaler, single, recomputation",
+    "Lightning, autocast bf16, single, accumulated",
     "Transformers, bf16 weights, single, resumed",
 )
 TOGETHER = (
-    "plain, autocast bf16, FSDP2 two ranks, resumed",
-    "plain, fp32, DDP two ranks, compiled",
+    "plain, autocast bf16, DDP two ranks, resumed",
+    "plain, fp32, FSDP2 two ranks, compiled",
     "Lightning, fp16 with GradScaler, DDP two ranks, resumed",
     "Lightning, bf16 weights, FSDP2 two ranks, recomputation",
     "Transformers, fp32, DDP two ranks, accumulated",
