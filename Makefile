@@ -28,7 +28,7 @@ plain: $(READY)
 client-matrix: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/packages/client_matrix.py
 
-# Half an hour on two cores.
+# Twenty minutes on two cores.
 stacks: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m stacks.matrix docs/training-stacks.md
 
