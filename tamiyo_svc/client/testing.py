@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from tamiyo_svc.client.aio import AsyncTamiyoClient
 from tamiyo_svc.client.client import TamiyoClient
@@ -140,6 +140,10 @@ class FakeService:
         # A resumed run refuses the commands it had before, from whatever service.
         self._name = f"command-{os.urandom(4).hex()}"
         self._signed = 0
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        # As with a service elsewhere, copies of its clients talk to the one there is.
+        return self
 
     def client(
         self,

@@ -42,7 +42,7 @@ from tamiyo_svc.service.telemetry import TelemetryDispatch
 START_NS = 1_760_000_000_000_000_000
 KEYRING = Keyring(b"a secret for replays")
 SMALL = NetworkConfig(sage_hidden_dim=16, gat_hidden_dim=8, attention_heads=2)
-OPTIONS = PathOptions(step_timeout_ms=0, observation_window_epochs=2)
+OPTIONS = PathOptions(step_timeout_ms=0, observation_window_epochs=2, observation_window_steps=20)
 REQUESTS = ("", "demo-safe", "demo-bsds-high,demo-safe", "demo-quarantine", "demo-odd-metadata")
 
 
