@@ -19,6 +19,7 @@ from stacks.verdict import judge, judge_raised
 
 CELL_LIMIT_S = 300.0
 """How long a cell, and the imports in front of the first, may take until it counts as a hang."""
+_TESTS = Path(__file__).parents[1]
 _LOOK_AGAIN_S = 0.05
 
 Told = Callable[[Cell, str], None]
@@ -78,7 +79,12 @@ def _processes(
     folder: Path, cells: Sequence[Cell], bare: bool
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     ranks = cells[0].ranks
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(_TESTS.parent), str(_TESTS))),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
