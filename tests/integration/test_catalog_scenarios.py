@@ -134,12 +134,14 @@ async def events_on(bus: Bus, name: str) -> list[Any]:
     return [one for one in both if name in described(one)]
 
 
-def assert_indicated(telemetry: Any, packet: Any, *, budget_ms: str = "2000.0") -> None:
+def assert_indicated(
+    telemetry: Any, packet: Any, *, budget_ms: str = "2000.0", look_up_ms: str = "10.0"
+) -> None:
     found = indicators(telemetry)
     assert found.keys() == ALWAYS_INDICATED
     assert found["step_index"] == str(packet.global_step)
     assert found["timeout_budget_ms"] == budget_ms
-    assert found["metadata_timeout_budget_ms"] == "10.0"
+    assert found["metadata_timeout_budget_ms"] == look_up_ms
     assert found["policy_version"] == "bootstrap-1"
     assert found["policy_compile"] in ("0", "1")
 
@@ -148,7 +150,8 @@ def assert_indicated(telemetry: Any, packet: Any, *, budget_ms: str = "2000.0") 
 async def test_a_blueprint_decides_command_reason_priority_and_stream(
     bus: Bus, start_service: StartService, scenario: Scenario
 ) -> None:
-    await start_service()
+    # What is looked up late, as on a busy machine, is another event.
+    await start_service(metadata_timeout_ms=2000)
     packet = state_packet("run-1", 1)
     await bus.publish(packet, blueprint_id=scenario.blueprint)
     command = await bus.command_for(packet)
@@ -158,7 +161,7 @@ async def test_a_blueprint_decides_command_reason_priority_and_stream(
     assert described(telemetry) - {UNTRAINED, "degraded_inputs"} == scenario.events
     assert indicators(telemetry)["reason"] == scenario.reason
     assert indicators(telemetry)["priority"] == f"MESSAGE_PRIORITY_{scenario.priority}"
-    assert_indicated(telemetry, packet)
+    assert_indicated(telemetry, packet, look_up_ms="2000.0")
 
 
 async def test_without_a_catalogue_it_serves_and_says_so_once(
