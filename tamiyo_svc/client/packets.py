@@ -56,8 +56,7 @@ class Snapshot:
 def freeze(state: State) -> Snapshot:
     """A copy that no later change to the caller's values reaches.
 
-    Metrics that are no numbers are left out, and those too large for the packet become the
-    largest number it holds.
+    Metrics that are no numbers are left out.
 
     Raises:
         TypeError, ValueError: another value does not fit its field.
@@ -82,7 +81,7 @@ def build_packet(
     timestamp_ns: int,
     experiment: str = "",
 ) -> leyline.SystemStatePacket:
-    """The state packet of one step.
+    """The state packet of one step; metrics too large for it become the largest number it holds.
 
     Raises:
         TypeError, ValueError: a value does not fit its field.
@@ -101,7 +100,7 @@ def build_packet(
         validation_loss=state.validation_loss,
         validation_accuracy=state.validation_accuracy,
         hardware_context=None if hardware is None else leyline.HardwareContext.FromString(hardware),
-        training_metrics=state.metrics,
+        training_metrics={name: _limit(value) for name, value in state.metrics.items()},
         seed_states=[leyline.SeedState.FromString(seed) for seed in state.seeds],
     )
 
@@ -154,11 +153,11 @@ def _bytes(kind: type[Message], value: Any) -> bytes:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     if set(map(type, metrics.values())) <= _FLOAT:
-        return {name: _limit(value) for name, value in metrics.items()}
+        return dict(metrics)
     numbers = {}
     for name, value in metrics.items():
         try:
-            numbers[name] = _limit(float(value))
+            numbers[name] = float(value)
         # RuntimeError is what a tensor of several elements raises.
         except (TypeError, ValueError, OverflowError, RuntimeError):
             continue
