@@ -130,7 +130,8 @@ class Seed:
     @property
     def idle(self) -> GateFailure | None:
         """What kept it from learning anything, None if it learned."""
-        if self.moved:
+        # Weight decay moves weights without a gradient.
+        if self.moved and self.had_gradient:
             return None
         if self.learning_rate == 0.0:
             return GateFailure.LEARNING_RATE_ZERO

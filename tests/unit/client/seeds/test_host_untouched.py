@@ -238,6 +238,15 @@ def test_what_kept_a_seed_from_learning_is_told(
     assert str(seed.idle) == reason
 
 
+def test_what_weight_decay_alone_moved_has_learned_nothing() -> None:
+    _, bank, seed = make(lambda channels: nn.Linear(channels, channels))
+    seed.start_blending(Schedule(first_alpha=0.5), Mixing())
+    for parameter in seed.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    bank.step(1.0)
+    assert (seed.moved, str(seed.idle)) == (True, "no_gradient")
+
+
 def test_steps_too_small_for_the_weights_format_are_no_learning() -> None:
     model, bank, seed = make(lambda channels: nn.Linear(channels, channels))
     model.bfloat16()
